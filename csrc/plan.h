@@ -1,0 +1,43 @@
+// The host planner: requests -> work items + merge items, the same table for every backend.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "params.h"
+
+namespace sarathi {
+
+// What a backend wants of its plan. Everything here depends on the backend and the model, never on the batch: that is
+// what keeps a row's bits independent of its neighbours.
+struct PlanConfig {
+  int32_t group;             // num_q_heads / num_kv_heads
+  int32_t page_size;
+  int32_t causal;
+  int32_t window_left;       // -1 = none
+  int32_t decode_rows;       // tile height of requests with at most this many packed rows
+  int32_t prefill_rows;      // tile height of all others
+  int32_t decode_split;      // keys per split, cut at absolute multiples of it
+  int32_t prefill_split;
+};
+
+struct Batch {
+  const int32_t* cu_seqlens_q;  // [batch + 1]
+  const int32_t* seqused_k;     // [batch]
+  const int32_t* block_table;   // [batch, max_pages]
+  int64_t block_table_stride;
+  int32_t batch;
+  int32_t max_pages;
+};
+
+struct Plan {
+  std::vector<WorkItem> items;
+  std::vector<MergeItem> merges;
+  PlanCounts counts{};
+  int32_t total_q = 0;
+  int32_t max_page = -1;   // largest page id a kernel will touch; the op holds it against num_pages
+};
+
+// Throws std::invalid_argument, with the offending values, before anything is written to `plan`.
+void make_plan(const PlanConfig& config, const Batch& batch, Plan& plan);
+
+}  // namespace sarathi

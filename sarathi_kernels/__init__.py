@@ -1,0 +1,25 @@
+"""Attention for hybrid batches: prefill chunks and decodes over a paged KV cache, in one launch."""
+
+from sarathi_kernels.attention import attention
+from sarathi_kernels.backends import reasons as backend_reasons
+from sarathi_kernels.chunking import aligned_chunk, tile_tokens
+from sarathi_kernels.kv_cache import append_kv, slot_mapping, token_positions
+from sarathi_kernels.merge import merge_states
+from sarathi_kernels.plan import AttentionPlan, Workspace, plan
+from sarathi_kernels.spec import AttentionSpec
+
+__version__ = "0.1.0"
+__all__ = [
+    "AttentionPlan",
+    "AttentionSpec",
+    "Workspace",
+    "aligned_chunk",
+    "append_kv",
+    "attention",
+    "backend_reasons",
+    "merge_states",
+    "plan",
+    "slot_mapping",
+    "tile_tokens",
+    "token_positions",
+]

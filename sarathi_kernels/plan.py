@@ -1,0 +1,218 @@
+"""One step's work, laid out once and shared by every layer: work items and merge items as int32 tables.
+
+    requests (cu_seqlens_q, seqused_k, block_table)  ->  plan()  ->  AttentionPlan  ->  attention(), once per layer
+
+The tables' columns are the fields of `WorkItem` and `MergeItem` in csrc/params.h, in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+
+from sarathi_kernels import _native, backends
+from sarathi_kernels.backends import PlanConfig, Problem
+from sarathi_kernels.spec import AttentionSpec
+
+# Columns of `work_items`.
+REQUEST, ROW_BEGIN, ROW_COUNT, KV_BEGIN, KV_END, Q_BEGIN, Q_LEN, KV_LEN, TILE_CLASS, PARTIAL_ROW, MERGE_INDEX, SPLIT_INDEX = range(12)
+WORK_ITEM_FIELDS = (
+    "request", "row_begin", "row_count", "kv_begin", "kv_end", "q_begin", "q_len", "kv_len",
+    "tile_class", "partial_row", "merge_index", "split_index",
+)  # fmt: skip
+MERGE_ITEM_FIELDS = ("request", "row_begin", "row_count", "q_begin", "q_len", "kv_len", "partial_row", "num_splits")
+DECODE_TILE, PREFILL_TILE = 0, 1
+
+
+class ItemCost(NamedTuple):
+    """What each work item costs, for all kv heads together.
+
+    Attributes:
+        flops: [num_items] float64, multiply-adds counted as two, visible (query, key) pairs only.
+        bytes: [num_items] float64, keys and values read once plus query rows read and output rows written.
+    """
+
+    flops: torch.Tensor
+    bytes: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """The work of one step. Made by `plan`, read by `attention` in every layer; a caller has no need to look inside.
+
+    Attributes:
+        spec: the model's attention.
+        backend: name of the backend the plan was made for; `attention` runs on it.
+        config: tile heights and split lengths, the backend's choice for this spec.
+        cu_seqlens_q, seqused_k, block_table: the inputs, int32, on `device`.
+        work_items: [num_items, 12] int32 (columns: WORK_ITEM_FIELDS).
+        merge_items: [num_merges, 8] int32 (columns: MERGE_ITEM_FIELDS).
+        counts: [4] int32: num_items, num_prefill_items, num_merges, num_partial_rows.
+        partial_out: [num_partial_rows, num_kv_heads, head_dim] float32 scratch for split rows.
+        partial_lse: [num_partial_rows, num_kv_heads] float32 scratch.
+        counters: [num_merges, num_kv_heads] int32, zero between calls.
+        total_q: query tokens in the batch.
+        max_page: largest page id in use, -1 when there is none.
+    """
+
+    spec: AttentionSpec
+    backend: str
+    config: PlanConfig
+    cu_seqlens_q: torch.Tensor
+    seqused_k: torch.Tensor
+    block_table: torch.Tensor
+    work_items: torch.Tensor
+    merge_items: torch.Tensor
+    counts: torch.Tensor
+    partial_out: torch.Tensor
+    partial_lse: torch.Tensor
+    counters: torch.Tensor
+    total_q: int
+    max_page: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.work_items.device
+
+    @property
+    def num_items(self) -> int:
+        return self.work_items.shape[0]
+
+    @property
+    def num_prefill_items(self) -> int:
+        return int(self.counts[1])
+
+    @property
+    def num_merges(self) -> int:
+        return self.merge_items.shape[0]
+
+    def cost(self) -> ItemCost:
+        """Operations and bytes of each work item, from its rows and key range alone."""
+        spec, items = self.spec, self.work_items.cpu().to(torch.int64)
+        flops = 4.0 * spec.head_dim * spec.num_kv_heads * visible_pairs(spec, items).to(torch.float64)
+        keys = (items[:, KV_END] - items[:, KV_BEGIN]).to(torch.float64)
+        rows = items[:, ROW_COUNT].to(torch.float64)
+        kv_bytes = 2.0 * spec.head_dim * spec.kv_dtype.itemsize + (8.0 if spec.kv_dtype == torch.int8 else 0.0)
+        row_bytes = torch.where(
+            items[:, PARTIAL_ROW] >= 0,
+            spec.head_dim * (spec.dtype.itemsize + 4.0) + 4.0,
+            2.0 * spec.head_dim * spec.dtype.itemsize,
+        )
+        return ItemCost(flops, spec.num_kv_heads * (keys * kv_bytes + rows * row_bytes))
+
+
+def visible_pairs(spec: AttentionSpec, items: torch.Tensor) -> torch.Tensor:
+    """Visible (packed row, key) pairs per work item, [num_items] int64: the sum over rows of the row's keys in range."""
+    totals = torch.zeros(len(items), dtype=torch.int64)
+    for i, item in enumerate(items.tolist()):
+        rows = torch.arange(item[ROW_BEGIN], item[ROW_BEGIN] + item[ROW_COUNT])
+        position = item[KV_LEN] - item[Q_LEN] + rows // spec.group
+        end = (position + 1).clamp(max=item[KV_END]) if spec.causal else torch.full_like(position, item[KV_END])
+        begin = torch.full_like(position, item[KV_BEGIN])
+        if spec.window_left >= 0:
+            begin = torch.maximum(begin, position - spec.window_left)
+        totals[i] = (end - begin).clamp(min=0).sum()
+    return totals
+
+
+class Workspace:
+    """Buffers that grow and are used again, so that a step allocates nothing. Hand the same one to `plan` every step.
+
+    A plan made with a workspace is valid until the next `plan` call with the same workspace.
+    """
+
+    def __init__(self):
+        self._buffers: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, zero: bool = False) -> torch.Tensor:
+        """A tensor of `shape` over the buffer called `name`. `zero`: zero when first allocated (and left so by its users)."""
+        size = 1
+        for n in shape:
+            size *= n
+        buffer = self._buffers.get((name, device))
+        if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
+            make = torch.zeros if zero else torch.empty
+            buffer = make(max(2 * size, 64), dtype=dtype, device=device)
+            self._buffers[name, device] = buffer
+        return buffer[:size].view(shape)
+
+
+def plan(
+    spec: AttentionSpec,
+    cu_seqlens_q: torch.Tensor,
+    seqused_k: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+    workspace: Workspace | None = None,
+) -> AttentionPlan:
+    """Lays out one step's attention. Prefill chunks and decodes are both just rows of `cu_seqlens_q`.
+
+    Args:
+        spec: the model's attention.
+        cu_seqlens_q: [batch + 1] int32, running count of query tokens; request i owns q rows
+            [cu_seqlens_q[i], cu_seqlens_q[i + 1]), possibly none.
+        seqused_k: [batch] int32, keys of each request in the cache, this step's tokens included.
+        block_table: [batch, max_pages] int32, pages of each request in order. Entries beyond a request's last key are
+            never read. Pages may be shared between requests.
+        backend: "auto", or the name of a backend, which then must support `spec`.
+        device: where `attention` will run; defaults to the device of `block_table`.
+        workspace: buffers to use again instead of allocating.
+
+    Returns:
+        The plan, valid for every layer of this step.
+
+    Raises:
+        ValueError: a shape, dtype or value is wrong; a page is missing or negative; or no backend (or not the one named)
+            supports the spec, with each one's reason.
+    """
+    for name, tensor, ndim in (("cu_seqlens_q", cu_seqlens_q, 1), ("seqused_k", seqused_k, 1), ("block_table", block_table, 2)):
+        if tensor.ndim != ndim or tensor.dtype != torch.int32:
+            raise ValueError(f"{name} must be {ndim}-D int32, got {tensor.ndim}-D {tensor.dtype} of shape {tuple(tensor.shape)}")
+    batch = seqused_k.shape[0]
+    if cu_seqlens_q.shape[0] != batch + 1 or block_table.shape[0] != batch:
+        raise ValueError(
+            f"batch sizes disagree: seqused_k has {batch} requests, cu_seqlens_q {cu_seqlens_q.shape[0]} entries "
+            f"(want {batch + 1}), block_table {block_table.shape[0]} rows (want {batch})"
+        )
+    device = block_table.device if device is None else torch.device(device)
+    name = backends.select(Problem(spec, device), backend)
+    config = backends.get(name).plan_config(spec)
+    host = [t.cpu().contiguous() for t in (cu_seqlens_q, seqused_k)]
+    table = block_table.cpu()
+    if table.shape[1] > 1 and table.stride(1) != 1:
+        table = table.contiguous()
+
+    draft = _native.make_plan(
+        (spec.group, spec.page_size, int(spec.causal), spec.window_left, *config),
+        host[0].data_ptr(), host[1].data_ptr(), table.data_ptr(), table.stride(0), batch, table.shape[1],
+    )  # fmt: skip
+    num_items, num_merges, num_partial_rows = draft.num_items, draft.num_merges, draft.num_partial_rows
+    workspace = workspace or Workspace()
+    # One int32 block, so that a GPU needs one copy: counts, work items, merge items.
+    size = 4 + 12 * num_items + 8 * num_merges
+    tables = workspace.take("tables", (size,), torch.int32, torch.device("cpu"))
+    draft.write(tables.data_ptr())
+    if device.type != "cpu":
+        on_device = workspace.take("tables", (size,), torch.int32, device)
+        tables = on_device.copy_(tables)
+    f32, heads = torch.float32, spec.num_kv_heads
+    return AttentionPlan(
+        spec=spec,
+        backend=name,
+        config=config,
+        cu_seqlens_q=cu_seqlens_q.to(device),
+        seqused_k=seqused_k.to(device),
+        block_table=(table if device.type == "cpu" else block_table).to(device),
+        work_items=tables[4 : 4 + 12 * num_items].view(num_items, 12),
+        merge_items=tables[4 + 12 * num_items :].view(num_merges, 8),
+        counts=tables[:4],
+        partial_out=workspace.take("partial_out", (num_partial_rows, heads, spec.head_dim), f32, device),
+        partial_lse=workspace.take("partial_lse", (num_partial_rows, heads), f32, device),
+        counters=workspace.take("counters", (num_merges, heads), torch.int32, device, zero=True),
+        total_q=draft.total_q,
+        max_page=draft.max_page,
+    )
