@@ -105,16 +105,17 @@ class AttentionPlan:
 
 def visible_pairs(spec: AttentionSpec, items: torch.Tensor) -> torch.Tensor:
     """Visible (packed row, key) pairs per work item, [num_items] int64: the sum over rows of the row's keys in range."""
-    totals = torch.zeros(len(items), dtype=torch.int64)
-    for i, item in enumerate(items.tolist()):
-        rows = torch.arange(item[ROW_BEGIN], item[ROW_BEGIN] + item[ROW_COUNT])
-        position = item[KV_LEN] - item[Q_LEN] + rows // spec.group
-        end = (position + 1).clamp(max=item[KV_END]) if spec.causal else torch.full_like(position, item[KV_END])
-        begin = torch.full_like(position, item[KV_BEGIN])
-        if spec.window_left >= 0:
-            begin = torch.maximum(begin, position - spec.window_left)
-        totals[i] = (end - begin).clamp(min=0).sum()
-    return totals
+    counts = items[:, ROW_COUNT]
+    owner = torch.repeat_interleave(counts)
+    first = counts.cumsum(0) - counts
+    row = torch.arange(len(owner)) - first[owner] + items[owner, ROW_BEGIN]
+    position = items[owner, KV_LEN] - items[owner, Q_LEN] + row // spec.group
+    begin, end = items[owner, KV_BEGIN], items[owner, KV_END]
+    if spec.causal:
+        end = torch.minimum(end, position + 1)
+    if spec.window_left >= 0:
+        begin = torch.maximum(begin, position - spec.window_left)
+    return torch.zeros(len(items), dtype=torch.int64).index_add_(0, owner, (end - begin).clamp(min=0))
 
 
 class Workspace:
@@ -148,6 +149,7 @@ def plan(
     backend: str = "auto",
     device: torch.device | str | None = None,
     workspace: Workspace | None = None,
+    config: PlanConfig | None = None,
 ) -> AttentionPlan:
     """Lays out one step's attention. Prefill chunks and decodes are both just rows of `cu_seqlens_q`.
 
@@ -161,6 +163,8 @@ def plan(
         backend: "auto", or the name of a backend, which then must support `spec`.
         device: where `attention` will run; defaults to the device of `block_table`.
         workspace: buffers to use again instead of allocating.
+        config: tile heights and split lengths other than the backend's own choice, for tuning and tests. Split lengths
+            may be any positive number; tile heights must be ones the backend's kernels have.
 
     Returns:
         The plan, valid for every layer of this step.
@@ -180,7 +184,10 @@ def plan(
         )
     device = block_table.device if device is None else torch.device(device)
     name = backends.select(Problem(spec, device), backend)
-    config = backends.get(name).plan_config(spec)
+    if config is None:
+        config = backends.get(name).plan_config(spec)
+    elif min(config) < 1:
+        raise ValueError(f"tile heights and split lengths must be positive, got {config}")
     host = [t.cpu().contiguous() for t in (cu_seqlens_q, seqused_k)]
     table = block_table.cpu()
     if table.shape[1] > 1 and table.stride(1) != 1:
