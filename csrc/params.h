@@ -51,6 +51,9 @@ struct PlanCounts {
   int32_t num_partial_rows;
 };
 
+// Counters behind the merges', for a backend whose workers draw their items from a shared queue.
+constexpr int kQueueCounters = 4;
+
 // Everything one attention call needs. Strides are in elements. The innermost (head_dim) stride is 1 everywhere.
 struct AttentionParams {
   const void* q;                // [total_q, num_q_heads, head_dim] dtype
@@ -63,7 +66,7 @@ struct AttentionParams {
   const MergeItem* merge_items; // [num_merges]
   float* partial_out;           // [num_partial_rows, num_kv_heads, head_dim], normalised within the split
   float* partial_lse;           // [num_partial_rows, num_kv_heads], natural log
-  int32_t* counters;            // [num_merges, num_kv_heads], zero before and after every call
+  int32_t* counters;            // [num_merges, num_kv_heads], then kQueueCounters more; zero before and after every call
   const float* sinks;           // [num_q_heads] or null: one more logit in each row's softmax denominator
   const int64_t* tree_mask;     // [total_q] or null: bit j of a row = may see the j-th query token of its request
   const float* k_scale;         // float8: [num_kv_heads]; int8: [num_pages, page_size, num_kv_heads]; else null
@@ -80,6 +83,7 @@ struct AttentionParams {
   float softcap;                // 0 = off: scores become softcap * tanh(score / softcap), before the mask
   int32_t causal;               // bottom-right aligned: row of token t sees keys [0, kv_len - q_len + t]
   int32_t window_left;          // -1 = none: and only keys >= kv_len - q_len + t - window_left
+  const PlanCounts* counts;     // [1] in device memory: overrules num_items, num_prefill_items, num_merges; null on the CPU
 };
 
 // K and V of the new tokens into their pages, with optional rotary embedding of k (and of q, in place) on the way.

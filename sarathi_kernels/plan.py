@@ -52,7 +52,7 @@ class AttentionPlan:
         counts: [4] int32: num_items, num_prefill_items, num_merges, num_partial_rows.
         partial_out: [num_partial_rows, num_kv_heads, head_dim] float32 scratch for split rows.
         partial_lse: [num_partial_rows, num_kv_heads] float32 scratch.
-        counters: [num_merges, num_kv_heads] int32, zero between calls.
+        counters: [num_merges * num_kv_heads + 4] int32, zero between calls: arrivals per merge and head, then the work queue.
         total_q: query tokens in the batch.
         max_page: largest page id in use, -1 when there is none.
     """
@@ -219,7 +219,7 @@ def plan(
         counts=tables[:4],
         partial_out=workspace.take("partial_out", (num_partial_rows, heads, spec.head_dim), f32, device),
         partial_lse=workspace.take("partial_lse", (num_partial_rows, heads), f32, device),
-        counters=workspace.take("counters", (num_merges, heads), torch.int32, device, zero=True),
+        counters=workspace.take("counters", (num_merges * heads + 4,), torch.int32, device, zero=True),
         total_q=draft.total_q,
         max_page=draft.max_page,
     )
