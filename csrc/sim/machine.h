@@ -1,0 +1,184 @@
+// The simulated GPU: CTAs, warps and threads as data, one launch at a time, and what a launch is told and reports.
+#pragma once
+#include <cstdint>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "sim/cuda_language.h"
+#include "sim/fiber.h"
+
+namespace sarathi::sim {
+
+// When an asynchronous copy lands: as late as the waits allow, at once, or at a random moment in between.
+enum class Completion { kLate, kEager, kRandom };
+
+struct Config {
+  dim3 grid, block;
+  size_t smem_bytes = 0;                      // dynamic shared memory
+  uint64_t seed = 0;                          // 0: in index order, each warp until it blocks; else a random interleaving
+  Completion completion = Completion::kLate;
+  int arch = 80;                              // decides the limits: 80, 86, 89, 90
+  int num_sms = 4;
+  int ctas_per_sm = 2;                        // CTAs alive at once = num_sms * ctas_per_sm, in index order
+  bool check_global = true;                   // wrappers may touch registered buffers only (memory.h)
+  bool check_races = true;                    // happens-before over shared memory (races.h)
+  int64_t livelock_polls = 2000000;           // polls in a row without any progress of anybody before giving up
+};
+
+// Totals over the launch. Bytes are those that pass through the wrappers: plain loads and stores cannot be seen.
+struct Stats {
+  uint64_t global_to_shared_bytes = 0;        // cp.async and TMA, without the zero fill
+  uint64_t shared_to_global_bytes = 0;        // TMA stores
+  uint64_t shared_load_bytes = 0;             // ldmatrix, ld_shared
+  uint64_t shared_store_bytes = 0;            // st_shared
+  uint64_t ldmatrix_wavefronts = 0;           // one per 8x8 matrix when no two of its rows share a bank
+  uint64_t ldmatrix_conflicts = 0;            // wavefronts beyond that
+  uint64_t mma_flops = 0;
+  uint64_t barriers = 0;                      // CTA and named barriers completed
+  uint64_t warp_collectives = 0;
+  uint64_t atomics = 0;
+  uint64_t polls = 0;
+  uint64_t switches = 0;
+  uint64_t ctas = 0;
+};
+
+// A fault of the simulated kernel. what() = "<kind>: <message>".
+class Error : public std::runtime_error {
+ public:
+  Error(const char* kind, const std::string& message) : std::runtime_error(std::string(kind) + ": " + message), kind_(kind) {}
+  const char* kind() const { return kind_; }
+
+ private:
+  const char* kind_;  // launch, out_of_bounds, misaligned, divergence, deadlock, livelock, race, bad_operand
+};
+
+// Where in the kernel's source a wrapper was called: the default argument of every wrapper.
+struct Site {
+  constexpr Site(const char* file_ = __builtin_FILE(), int line_ = __builtin_LINE()) : file(file_), line(line_) {}
+  const char* file;
+  int line;
+};
+
+inline constexpr int kWarpSize = 32;
+inline constexpr int kNamedBarriers = 16;
+inline constexpr uint32_t kSharedBase = 1024;  // shared-window address of the first byte: 0 is never a valid address
+
+struct Cta;
+struct Warp;
+
+struct PendingCopy { char* to; const char* from; uint32_t size, bytes; };  // `bytes` are read, the rest is zeros
+
+struct Thread {
+  Fiber fiber;
+  char* stack = nullptr;
+  Cta* cta = nullptr;
+  Warp* warp = nullptr;
+  dim3 thread_idx;
+  int index = 0;                              // within the CTA
+  int lane = 0;
+  bool finished = false;
+  void* operand = nullptr;                    // what it brought to the collective it waits in
+  const char* waits_for = nullptr;            // null while it can run
+  int waits_on = -1;                          // barrier number or shared address, for the report
+  Site site{nullptr, 0};                      // the latest wrapper
+  std::vector<PendingCopy> open_copies;       // cp.async since the last commit
+  std::vector<std::vector<PendingCopy>> copy_groups;
+};
+
+// Lanes gathered for one warp-wide instruction; lanes with different masks may gather at the same time.
+struct Gathering { const char* name = nullptr; uint32_t mask = 0, arrived = 0; Site site{nullptr, 0}; };
+
+struct Warp {
+  Cta* cta = nullptr;
+  int index = 0;                              // within the CTA
+  uint32_t members = 0;                       // lanes that exist; the last warp may be short
+  uint32_t ready = 0;                         // lanes that can run
+  uint32_t finished = 0;
+  int current = 0;                            // lane that ran last
+  Gathering gatherings[4];
+  void* operands[kWarpSize] = {};
+};
+
+struct Barrier {
+  int expected = 0;                           // threads, fixed by the first to arrive; 0 = nobody is waiting
+  int arrived = 0;
+  bool whole_cta = false;                     // __syncthreads: also completes when the missing threads exit
+  std::vector<Thread*> waiting;
+  std::vector<Thread*> arrived_threads;
+};
+
+struct Cta {
+  dim3 block_idx;
+  int64_t linear_index = 0;
+  int slot = 0, sm = 0;
+  char* smem = nullptr;
+  int live_threads = 0;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  Barrier barriers[kNamedBarriers];
+};
+
+struct Machine {
+  Config config;
+  Stats stats;
+  Thread* running = nullptr;                  // null outside a launch and in the scheduler
+  Fiber scheduler;
+  StackPool stacks;
+  void (*kernel)(void*) = nullptr;
+  void* kernel_arguments = nullptr;
+  std::vector<std::unique_ptr<Cta>> slots;    // the CTAs alive
+  size_t cursor = 0;                          // warp that ran last, over all slots
+  int64_t budget = 0;                         // wrapper calls until the scheduler is asked again
+  int64_t polls_since_progress = 0;
+  uint64_t random_state = 1;
+  std::unique_ptr<Error> error;
+};
+
+extern Machine machine;
+inline Thread& self() { return *machine.running; }
+
+// Ends the launch with an error: called from a fiber it does not return to it; launch() throws.
+[[noreturn]] void fail(const char* kind, const std::string& message);
+std::string describe(const Thread& thread);
+std::string describe(const Site& site);
+std::string report_waiting();                 // who waits for what, one line per place
+
+// Uniform in [0, bound). The same seed gives the same run.
+uint32_t random_below(uint32_t bound);
+
+// Runs `kernel()` on every thread of the grid and returns the totals.
+// Raises: Error. Not reentrant; one launch at a time in the process.
+Stats run_grid(const Config& config, void (*kernel)(void*), void* arguments);
+
+template <typename Kernel, typename... Arguments>
+Stats launch(const Config& config, Kernel kernel, const Arguments&... arguments) {
+  auto body = [&] { kernel(arguments...); };
+  return run_grid(config, [](void* p) { (*static_cast<decltype(body)*>(p))(); }, &body);
+}
+
+// ---- what wrappers use to wait ----
+
+void block(const char* waits_for, int on);    // this thread stops until wake()
+void wake(Thread& thread);
+void preempt();                               // let the scheduler choose; this thread stays ready
+void poll(const char* what, int on);          // one unsuccessful look at something that another thread must change
+inline void progress() { machine.polls_since_progress = 0; }
+// Every wrapper calls this first: a place where another warp may be run instead.
+inline void enter(Site site) {
+  self().site = site;
+  if (--machine.budget < 0) preempt();
+}
+
+// Gathers the lanes of `mask`; the last one runs `work(warp, mask, operands)` for all of them. operands[lane] is what
+// that lane brought; it stays valid until `work` returns.
+using WarpWork = void (*)(Warp&, uint32_t mask, void* const* operands);
+void warp_collective(const char* name, uint32_t mask, void* operand, WarpWork work, Site site);
+
+// bar.sync (wait = true) and bar.arrive. threads = 0: all threads of the CTA that have not exited.
+void barrier(int id, int threads, bool wait, Site site);
+
+}  // namespace sarathi::sim

@@ -1,0 +1,165 @@
+#include "sim/memory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+namespace sarathi::sim {
+namespace {
+constexpr size_t kPage = 4096;
+constexpr unsigned char kCanary = 0xA5;
+}  // namespace
+
+GuardedPages::GuardedPages(size_t bytes, size_t alignment) : bytes_(bytes) {
+  const size_t padded = (bytes + alignment - 1) / alignment * alignment;
+  mapping_bytes_ = (padded + kPage - 1) / kPage * kPage + 2 * kPage;
+  void* mapping = mmap(nullptr, mapping_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapping == MAP_FAILED) throw std::bad_alloc();
+  mapping_ = static_cast<char*>(mapping);
+  mprotect(mapping_, kPage, PROT_NONE);
+  mprotect(mapping_ + mapping_bytes_ - kPage, kPage, PROT_NONE);
+  data_ = mapping_ + mapping_bytes_ - kPage - padded;
+}
+
+GuardedPages::~GuardedPages() { munmap(mapping_, mapping_bytes_); }
+
+bool GuardedPages::is_guard(const void* address) const {
+  const auto* p = static_cast<const char*>(address);
+  return (p >= mapping_ && p < first()) || (p >= last() && p < mapping_ + mapping_bytes_);
+}
+
+void GuardedPages::fill_slack(unsigned char value) {
+  std::memset(first(), value, data_ - first());
+  std::memset(data_ + bytes_, value, last() - data_ - bytes_);
+}
+
+ptrdiff_t GuardedPages::find_changed_slack(unsigned char value, bool& found) const {
+  found = true;
+  for (const char* p = first(); p < data_; ++p)
+    if (static_cast<unsigned char>(*p) != value) return p - data_;
+  for (const char* p = data_ + bytes_; p < last(); ++p)
+    if (static_cast<unsigned char>(*p) != value) return p - data_;
+  found = false;
+  return 0;
+}
+
+// ---- shared memory ----
+
+SharedArena& shared_arena() {
+  static SharedArena arena;
+  return arena;
+}
+
+char* SharedArena::take(int slot, size_t bytes) {
+  if (static_cast<size_t>(slot) >= pages_.size()) pages_.resize(slot + 1);
+  auto& pages = pages_[slot];
+  if (!pages || pages->size() != bytes) pages = std::make_unique<GuardedPages>(bytes, 1024);
+  pages->fill_slack(kCanary);
+  std::memset(pages->data(), 0xff, bytes);
+  return pages->data();
+}
+
+void SharedArena::check_canaries(const Cta& cta) {
+  bool found;
+  const ptrdiff_t offset = pages_[cta.slot]->find_changed_slack(kCanary, found);
+  if (found)
+    fail("out_of_bounds", "a plain store changed byte " + std::to_string(offset) + " of the " + std::to_string(pages_[cta.slot]->size()) +
+                              " bytes of shared memory of block " + std::to_string(cta.linear_index));
+}
+
+const GuardedPages* SharedArena::find_guard(const void* address, int& slot) const {
+  for (slot = 0; slot < static_cast<int>(pages_.size()); ++slot)
+    if (pages_[slot] && pages_[slot]->is_guard(address)) return pages_[slot].get();
+  return nullptr;
+}
+
+// ---- global memory ----
+
+GlobalMemory& global_memory() {
+  static GlobalMemory memory;
+  return memory;
+}
+
+void GlobalMemory::add(void* begin, size_t bytes, std::string name, bool writable, const GuardedPages* guard) {
+  Buffer b{static_cast<char*>(begin), bytes, std::move(name), writable, guard};
+  const auto place = std::upper_bound(buffers_.begin(), buffers_.end(), b, [](const Buffer& x, const Buffer& y) { return x.begin < y.begin; });
+  buffers_.insert(place, std::move(b));
+}
+
+void GlobalMemory::remove(void* begin) {
+  buffers_.erase(std::remove_if(buffers_.begin(), buffers_.end(), [&](const Buffer& b) { return b.begin == begin; }), buffers_.end());
+}
+
+const GlobalMemory::Buffer* GlobalMemory::find(const void* address) const {
+  auto after = std::upper_bound(buffers_.begin(), buffers_.end(), address, [](const void* a, const Buffer& b) { return a < b.begin; });
+  return after == buffers_.begin() ? nullptr : &*--after;
+}
+
+const GlobalMemory::Buffer* GlobalMemory::find_guard(const void* address) const {
+  for (const Buffer& b : buffers_)
+    if (b.guard != nullptr && b.guard->is_guard(address)) return &b;
+  return nullptr;
+}
+
+void GlobalMemory::check(const void* address, size_t bytes, bool write, const char* what) const {
+  const Buffer* b = find(address);
+  const auto* p = static_cast<const char*>(address);
+  if (b == nullptr || p + bytes > b->begin + b->bytes) {
+    std::string where = b == nullptr ? "before every registered buffer"
+                                     : "bytes [" + std::to_string(p - b->begin) + ", " + std::to_string(p - b->begin + static_cast<ptrdiff_t>(bytes)) +
+                                           ") of " + b->name + ", which has " + std::to_string(b->bytes);
+    fail("out_of_bounds", std::string(what) + ": " + where);
+  }
+  if (write && !b->writable) fail("out_of_bounds", std::string(what) + " writes " + b->name + ", which is registered as read-only");
+}
+
+// ---- wild accesses ----
+
+namespace {
+
+void on_fault(int signal, siginfo_t* info, void*) {
+  if (machine.running == nullptr) {  // not ours: as if there had been no handler
+    struct sigaction action {};
+    action.sa_handler = SIG_DFL;
+    sigaction(signal, &action, nullptr);
+    return;
+  }
+  const void* address = info->si_addr;
+  int slot;
+  if (const GuardedPages* pages = shared_arena().find_guard(address, slot)) {
+    const bool own = slot == self().cta->slot;
+    fail("out_of_bounds", "a plain access at byte " + std::to_string(static_cast<const char*>(address) - pages->data()) + " of the " +
+                              std::to_string(pages->size()) + " bytes of shared memory of " + (own ? "its CTA" : "another CTA"));
+  }
+  if (machine.stacks.is_guard(address)) fail("out_of_bounds", "the thread's stack of " + std::to_string(StackPool::kBytes) + " bytes overflows");
+  if (const auto* b = global_memory().find_guard(address))
+    fail("out_of_bounds", "a plain access at byte " + std::to_string(static_cast<const char*>(address) - b->begin) + " of " + b->name +
+                              ", which has " + std::to_string(b->bytes));
+  char text[32];
+  std::snprintf(text, sizeof text, "%p", address);
+  fail("out_of_bounds", std::string("a plain access at ") + text + ", which is no memory at all");
+}
+
+}  // namespace
+
+FaultHandler::FaultHandler() : stack_(new char[64 << 10]) {
+  stack_t stack{};
+  stack.ss_sp = stack_.get();
+  stack.ss_size = 64 << 10;
+  sigaltstack(&stack, &old_stack_);
+  struct sigaction action {};
+  action.sa_sigaction = on_fault;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // the handler leaves by a fiber switch, never by returning
+  sigaction(SIGSEGV, &action, &old_segv_);
+  sigaction(SIGBUS, &action, &old_bus_);
+}
+
+FaultHandler::~FaultHandler() {
+  sigaction(SIGSEGV, &old_segv_, nullptr);
+  sigaction(SIGBUS, &old_bus_, nullptr);
+  sigaltstack(&old_stack_, nullptr);
+}
+
+}  // namespace sarathi::sim
