@@ -1,7 +1,7 @@
 """Attention for hybrid batches: prefill chunks and decodes over a paged KV cache, in one launch."""
 
 from sarathi_kernels.attention import attention
-from sarathi_kernels.backends import reasons as backend_reasons
+from sarathi_kernels.backends import backend_reasons
 from sarathi_kernels.chunking import aligned_chunk, tile_tokens
 from sarathi_kernels.kv_cache import append_kv, slot_mapping, token_positions
 from sarathi_kernels.merge import merge_states

@@ -92,8 +92,9 @@ def get(name: str) -> ModuleType:
 _MODULES = {"triton": "triton_attention"}
 
 
-def reasons(problem: Problem) -> dict[str, str | None]:
-    """For every backend, None if it supports the problem, else why not."""
+def backend_reasons(spec: AttentionSpec, device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """For every backend, None if it supports the spec on the device, else why not."""
+    problem = Problem(spec, torch.device(device))
     return {name: get(name).supports(problem) for name in NAMES}
 
 
@@ -109,12 +110,12 @@ def select(problem: Problem, backend: str = "auto") -> str:
         reason = get(backend).supports(problem)
         if reason is None:
             return backend
-        able = [name for name, why in reasons(problem).items() if why is None]
+        able = [name for name, why in backend_reasons(*problem).items() if why is None]
         raise ValueError(f"backend {backend!r} cannot: {reason}. Backends that can: {', '.join(able) or 'none'}")
     for name in AUTO:
         if get(name).supports(problem) is None:
             return name
-    lines = "; ".join(f"{name}: {why or 'can, if named'}" for name, why in reasons(problem).items())
+    lines = "; ".join(f"{name}: {why or 'can, if named'}" for name, why in backend_reasons(*problem).items())
     raise ValueError(f"no backend supports this on {problem.device}: {lines}")
 
 
