@@ -12,53 +12,23 @@ constexpr size_t kGuard = 4096;
 
 #if defined(__x86_64__)
 
-// void sarathi_sim_switch(void** save_stack_pointer, void* next_stack_pointer): the registers that a callee must keep.
-asm(R"(
-.text
-.hidden sarathi_sim_switch
-.type sarathi_sim_switch, @function
-sarathi_sim_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size sarathi_sim_switch, .-sarathi_sim_switch
-)");
-extern "C" __attribute__((visibility("hidden"))) void sarathi_sim_switch(void** save, void* next);
-
 void Fiber::prepare(void* stack, size_t bytes, void (*entry)()) {
   auto top = (reinterpret_cast<uintptr_t>(stack) + bytes) & ~uintptr_t{15};
   auto* slots = reinterpret_cast<void**>(top);
   *--slots = nullptr;  // the return address that `entry` would use; also gives it the alignment of a called function
   *--slots = reinterpret_cast<void*>(entry);
-  for (int i = 0; i < 6; ++i) *--slots = nullptr;
-  stack_pointer_ = slots;
+  stack_pointer = slots;
 }
-
-void switch_fiber(Fiber& from, Fiber& to) { sarathi_sim_switch(&from.stack_pointer_, to.stack_pointer_); }
 
 #else
 
 void Fiber::prepare(void* stack, size_t bytes, void (*entry)()) {
-  getcontext(&context_);
-  context_.uc_stack.ss_sp = stack;
-  context_.uc_stack.ss_size = bytes;
-  context_.uc_link = nullptr;
-  makecontext(&context_, entry, 0);
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = bytes;
+  context.uc_link = nullptr;
+  makecontext(&context, entry, 0);
 }
-
-void switch_fiber(Fiber& from, Fiber& to) { swapcontext(&from.context_, &to.context_); }
 
 #endif
 

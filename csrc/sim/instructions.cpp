@@ -120,20 +120,33 @@ namespace {
 
 struct MmaOperand { float* d; const uint32_t* a; uint32_t b[2]; bool bfloat16; };
 
+using Row = float __attribute__((vector_size(32)));  // the eight columns of one row of b, c and d
+
 // Products of 16-bit floats are exact in float32; they are added to the accumulator in order of k. (Hardware adds them
 // in another order and with its own rounding: results agree to float32 accuracy, not in bits.)
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-__attribute__((target_clones("avx512f", "avx2", "default")))
+__attribute__((target_clones("avx2", "default")))
 #endif
-void multiply_add(const float (&a)[16][16], const float (&b)[16][8], float (&c)[16][8]) {
-  for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < 16; ++k)
-      for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+void multiply_add(const float (*a)[16], const Row* b, Row* c) {
+  for (int i = 0; i < 16; i += 4) {  // four rows at once: independent chains of additions
+    Row c0 = c[i], c1 = c[i + 1], c2 = c[i + 2], c3 = c[i + 3];
+    for (int k = 0; k < 16; ++k) {
+      c0 += a[i][k] * b[k];
+      c1 += a[i + 1][k] * b[k];
+      c2 += a[i + 2][k] * b[k];
+      c3 += a[i + 3][k] * b[k];
+    }
+    c[i] = c0;
+    c[i + 1] = c1;
+    c[i + 2] = c2;
+    c[i + 3] = c3;
+  }
 }
 
 template <float (*Convert)(uint16_t)>
 void run_mma(Warp&, uint32_t, void* const* operands) {
-  float a[16][16], b[16][8], c[16][8];
+  float a[16][16];
+  Row b[16], c[16];
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const auto& o = *static_cast<MmaOperand*>(operands[lane]);
     const int group = lane / 4, pair = lane % 4 * 2;

@@ -45,24 +45,6 @@ void fail(const char* kind, const std::string& message) {
 
 namespace {
 
-// Leaves the running thread for another ready lane of its warp, or for the scheduler when there is none.
-void leave(bool to_scheduler) {
-  Thread& from = self();
-  Warp& warp = *from.warp;
-  ++machine.stats.switches;
-  if (to_scheduler || warp.ready == 0) {
-    switch_fiber(from.fiber, machine.scheduler);
-    return;
-  }
-  // The next ready lane after this one, cyclically.
-  const uint32_t above = from.lane == 31 ? 0 : warp.ready & (~0u << (from.lane + 1));
-  const int lane = __builtin_ctz(above != 0 ? above : warp.ready);
-  Thread& to = warp.cta->threads[warp.index * kWarpSize + lane];
-  machine.running = &to;
-  warp.current = lane;
-  if (&to != &from) switch_fiber(from.fiber, to.fiber);
-}
-
 void new_budget() {
   if (machine.config.seed == 0) {
     machine.budget = INT64_MAX;
@@ -80,64 +62,56 @@ void block(const char* waits_for, int on) {
   t.waits_for = waits_for;
   t.waits_on = on;
   t.warp->ready &= ~(1u << t.lane);
-  leave(false);
+  leave(t);
 }
 
-void wake(Thread& t) {
-  t.waits_for = nullptr;
-  t.warp->ready |= 1u << t.lane;
-}
+void wake(Thread& t) { t.warp->ready |= 1u << t.lane; }
 
-void preempt() { leave(true); }
+void preempt() {
+  ++machine.stats.switches;
+  self().warp->current = self().lane;
+  switch_fiber(self().fiber, machine.scheduler);
+}
 
 void poll(const char* what, int on) {
   ++machine.stats.polls;
-  if (++machine.polls_since_progress > machine.config.livelock_polls) {
-    self().waits_for = what;
-    self().waits_on = on;
+  Thread& t = self();
+  t.waits_for = what;
+  t.waits_on = on;
+  t.polling = true;
+  if (++machine.polls_since_progress > machine.config.livelock_polls)
     fail("livelock", std::string("polled ") + what + " " + std::to_string(machine.config.livelock_polls) +
                          " times while nothing else moved\n" + report_waiting());
-  }
   preempt();
+  t.polling = false;
 }
 
 // ---- collectives ----
 
-void warp_collective(const char* name, uint32_t mask, void* operand, WarpWork work, Site site) {
-  enter(site);
-  Thread& t = self();
+// The gathering that this lane joins, when it is not simply the one that the lanes before it opened.
+Gathering& open_gathering(const char* name, uint32_t mask, Site site) {
+  const Thread& t = self();
   Warp& warp = *t.warp;
   const uint32_t bit = 1u << t.lane;
   if ((mask & bit) == 0) fail("divergence", std::string(name) + " with a mask that leaves out the calling lane");
-  if (mask & ~warp.members) mask &= warp.members;
   if (mask & warp.finished) fail("divergence", std::string(name) + " waits for lanes that have exited");
-  Gathering* mine = nullptr;
+  Gathering* free = nullptr;
   for (Gathering& g : warp.gatherings) {
     if (g.mask == 0) {
-      if (mine == nullptr) mine = &g;
+      if (free == nullptr) free = &g;
     } else if (g.mask == mask) {
-      if (g.name != name)
-        fail("divergence", std::string(name) + " while other lanes of the warp are in " + g.name + " at " + describe(g.site));
-      mine = &g;
-      break;
+      if (g.name == name) return g;
+      fail("divergence", std::string(name) + " while other lanes of the warp are in " + g.name + " at " + describe(g.site));
     } else if (g.mask & bit) {
       fail("divergence", std::string(name) + ": another lane's " + g.name + " at " + describe(g.site) + " expects this lane");
     }
   }
-  if (mine == nullptr) fail("divergence", "more than four partial warp collectives at once");
-  if (mine->mask == 0) *mine = {name, mask, 0, site};
-  mine->arrived |= bit;
-  warp.operands[t.lane] = operand;
-  if (mine->arrived != mask) {
-    block(name, -1);
-    return;
-  }
-  mine->mask = 0;
-  ++machine.stats.warp_collectives;
-  progress();
-  work(warp, mask, warp.operands);
-  for (uint32_t rest = mask & ~bit; rest != 0; rest &= rest - 1)
-    wake(warp.cta->threads[warp.index * kWarpSize + __builtin_ctz(rest)]);
+  if (free == nullptr) fail("divergence", "more than four partial warp collectives at once");
+  free->name = name;
+  free->mask = mask;
+  free->arrived = 0;
+  free->site = site;
+  return *free;
 }
 
 namespace {
@@ -202,7 +176,8 @@ std::string report_waiting() {
   for (const auto& cta : machine.slots) {
     if (!cta) continue;
     for (const Thread& t : cta->threads) {
-      if (t.finished || t.waits_for == nullptr) continue;
+      const bool ready = t.warp->ready >> t.lane & 1;
+      if (t.finished || (ready && !t.polling)) continue;
       std::string what = t.waits_for;
       if (t.waits_on >= 0) what += " " + std::to_string(t.waits_on);
       if (what.compare(0, 8, "barrier ") == 0) {
@@ -239,7 +214,7 @@ void thread_main() {
     Barrier& b = cta.barriers[id];
     if (b.arrived > 0 && b.whole_cta && b.arrived == cta.live_threads) complete(cta, b, id);
   }
-  leave(false);
+  leave(t);
   std::abort();
 }
 
@@ -295,6 +270,7 @@ std::unique_ptr<Cta> make_cta(int64_t linear, int slot) {
     t.lane = i % kWarpSize;
     t.thread_idx = dim3(i % c.block.x, i / c.block.x % c.block.y, i / (c.block.x * c.block.y));
     w.index = i / kWarpSize;
+    w.threads = &cta->threads[w.index * kWarpSize];
     w.members |= 1u << t.lane;
     w.ready = w.members;
     w.current = -1;
@@ -341,7 +317,7 @@ void run_warp(Warp& warp) {
     while (!(warp.ready >> lane & 1)) lane = (lane + 1) % kWarpSize;
   }
   warp.current = lane;
-  Thread& t = warp.cta->threads[warp.index * kWarpSize + lane];
+  Thread& t = warp.threads[lane];
   new_budget();
   machine.running = &t;
   switch_fiber(machine.scheduler, t.fiber);

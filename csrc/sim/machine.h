@@ -82,7 +82,8 @@ struct Thread {
   int lane = 0;
   bool finished = false;
   void* operand = nullptr;                    // what it brought to the collective it waits in
-  const char* waits_for = nullptr;            // null while it can run
+  const char* waits_for = nullptr;            // of a thread that cannot run, or is polling
+  bool polling = false;
   int waits_on = -1;                          // barrier number or shared address, for the report
   Site site{nullptr, 0};                      // the latest wrapper
   std::vector<PendingCopy> open_copies;       // cp.async since the last commit
@@ -98,7 +99,8 @@ struct Warp {
   uint32_t members = 0;                       // lanes that exist; the last warp may be short
   uint32_t ready = 0;                         // lanes that can run
   uint32_t finished = 0;
-  int current = 0;                            // lane that ran last
+  Thread* threads = nullptr;                  // lane 0
+  int current = 0;                            // lane at which the scheduler entered it last
   Gathering gatherings[4];
   void* operands[kWarpSize] = {};
 };
@@ -162,6 +164,20 @@ Stats launch(const Config& config, Kernel kernel, const Arguments&... arguments)
 
 // ---- what wrappers use to wait ----
 
+// Leaves the running thread, which is not ready, for the next ready lane of its warp (cyclically), or for the scheduler.
+inline __attribute__((always_inline)) void leave(Thread& from) {
+  Warp& warp = *from.warp;
+  ++machine.stats.switches;
+  Fiber* next = &machine.scheduler;
+  if (warp.ready != 0) {
+    const uint32_t above = warp.ready & (~1u << from.lane);  // ~1 << 31 is 0
+    Thread& to = warp.threads[__builtin_ctz(above != 0 ? above : warp.ready)];
+    machine.running = &to;
+    next = &to.fiber;
+  }
+  switch_fiber(from.fiber, *next);
+}
+
 void block(const char* waits_for, int on);    // this thread stops until wake()
 void wake(Thread& thread);
 void preempt();                               // let the scheduler choose; this thread stays ready
@@ -176,7 +192,30 @@ inline void enter(Site site) {
 // Gathers the lanes of `mask`; the last one runs `work(warp, mask, operands)` for all of them. operands[lane] is what
 // that lane brought; it stays valid until `work` returns.
 using WarpWork = void (*)(Warp&, uint32_t mask, void* const* operands);
-void warp_collective(const char* name, uint32_t mask, void* operand, WarpWork work, Site site);
+Gathering& open_gathering(const char* name, uint32_t mask, Site site);
+inline __attribute__((always_inline)) void warp_collective(const char* name, uint32_t mask, void* operand, WarpWork work, Site site) {
+  enter(site);
+  Thread& t = self();
+  Warp& warp = *t.warp;
+  const uint32_t bit = 1u << t.lane;
+  mask &= warp.members;
+  Gathering* g = &warp.gatherings[0];
+  if (g->mask != mask || g->name != name || (mask & bit) == 0) g = &open_gathering(name, mask, site);
+  g->arrived |= bit;
+  warp.operands[t.lane] = operand;
+  if (g->arrived != mask) {
+    t.waits_for = name;
+    t.waits_on = -1;
+    warp.ready &= ~bit;
+    leave(t);
+    return;
+  }
+  g->mask = 0;
+  ++machine.stats.warp_collectives;
+  progress();
+  work(warp, mask, warp.operands);
+  warp.ready |= mask;
+}
 
 // bar.sync (wait = true) and bar.arrive. threads = 0: all threads of the CTA that have not exited.
 void barrier(int id, int threads, bool wait, Site site);
