@@ -1,0 +1,89 @@
+"""The Llama family: RMSNorm, rotary GQA attention over the paged cache, SwiGLU, a head that may be the embedding."""
+
+from __future__ import annotations
+
+import sarathi_kernels as sk
+import torch
+from torch.nn import functional
+
+from engine.batch import StepInput
+from engine.linear import make_linear
+from engine.weights import LayerWeights, ModelConfig, Weights
+
+
+class Layer:
+    """One layer's weights, laid out for the machine."""
+
+    def __init__(self, weights: LayerWeights, kind: str):
+        self.attention_norm, self.mlp_norm = weights.attention_norm, weights.mlp_norm
+        self.qkv, self.o = make_linear(weights.qkv, kind), make_linear(weights.o, kind)
+        self.gate_up, self.down = make_linear(weights.gate_up, kind), make_linear(weights.down, kind)
+
+
+class Model:
+    """A decoder and its KV cache.
+
+    Args:
+        weights: from `load_weights`.
+        page_size: tokens per page of the cache.
+        num_pages: pages of the cache.
+        max_model_len: largest number of positions.
+        linear: kind of the linear layers.
+    """
+
+    def __init__(self, weights: Weights, *, page_size: int, num_pages: int, max_model_len: int, linear: str = "dense"):
+        config = weights.config
+        self.config, self.dtype = config, weights.embedding.dtype
+        self.spec = sk.AttentionSpec(
+            num_q_heads=config.num_q_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            page_size=page_size,
+            dtype=self.dtype,
+        )
+        self.embedding, self.norm = weights.embedding, weights.norm
+        self.layers = [Layer(layer, linear) for layer in weights.layers]
+        self.head = make_linear(weights.head, linear)
+        self.cos_sin = rotary_table(config, max_model_len)
+        # [num_layers, 2, num_pages, page_size, num_kv_heads, head_dim], not cleared: unused slots are never read.
+        self.kv_cache = torch.empty((config.num_layers, 2, *self.spec.kv_cache_shape(num_pages)), dtype=self.dtype)
+
+    def __call__(self, step: StepInput) -> torch.Tensor:
+        """One step. Puts the step's keys and values into the cache.
+
+        Returns:
+            Logits [num_samples, vocab_size] of the rows in `step.logit_rows`.
+        """
+        x = self.embedding[step.input_ids]
+        attended = torch.empty((len(x), self.spec.num_q_heads, self.spec.head_dim), dtype=self.dtype)
+        for i, layer in enumerate(self.layers):
+            self._attend(layer, self.kv_cache[i], x, step, attended)
+            mixed = attended.view(len(x), -1)
+            if i + 1 == len(self.layers):  # from here on only rows that give logits matter
+                x, mixed = x[step.logit_rows], mixed[step.logit_rows]
+            x += layer.o(mixed)
+            gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, dim=-1)
+            x += layer.down(functional.silu(gate).mul_(up))
+        return self.head(self._norm(x, self.norm))
+
+    def _attend(self, layer: Layer, kv_cache: torch.Tensor, x: torch.Tensor, step: StepInput, out: torch.Tensor) -> None:
+        spec = self.spec
+        qkv = layer.qkv(self._norm(x, layer.attention_norm)).view(len(x), -1, spec.head_dim)
+        q, k, v = qkv.split((spec.num_q_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        sk.append_kv(
+            spec, k, v, kv_cache[0], kv_cache[1], step.slot_mapping,
+            q=q, positions=step.positions, cos_sin=self.cos_sin, backend=step.plan.backend,
+        )  # fmt: skip
+        sk.attention(q, kv_cache[0], kv_cache[1], step.plan, out=out)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, weight.shape, weight, self.config.rms_eps)
+
+
+def rotary_table(config: ModelConfig, max_model_len: int) -> torch.Tensor:
+    """[max_model_len, head_dim] float32: cosines of position times frequency in the first half, sines in the second."""
+    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    if config.rope_scale is not None:
+        frequency = frequency / config.rope_scale.double()
+    angle = torch.outer(torch.arange(max_model_len, dtype=torch.float64), frequency)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1).float()
