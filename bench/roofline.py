@@ -1,0 +1,108 @@
+"""What a batch must cost at least, and what this machine can do at most.
+
+For request i with c query tokens, L keys (this step's included), bottom-right causal:
+
+    pairs_i = sum_j min(L - c + j + 1, window_left + 1)     FLOP_i = 4 Hq D pairs_i
+    bytes_i = reach_i Hk 2 D b_kv + c Hq D (b_q + b_out)    reach_i = keys that any row of the request sees
+    floor   = max(sum FLOP / matmul rate, sum bytes / read bandwidth)
+
+The two ceilings are measured, never taken from a data sheet.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from bench.common import dtype_name, measure
+from sarathi_kernels.spec import AttentionSpec
+
+READ_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+CONSTRAINED_KEYS = ("matmul_tflops", "read_gbps")
+
+
+class Work(NamedTuple):
+    flops: float
+    bytes: float
+
+    def floor_us(self, ceilings: Ceilings, dtype: torch.dtype) -> float:
+        """The roofline floor in microseconds."""
+        return 1e6 * max(self.flops / (ceilings.tflops(dtype) * 1e12), self.bytes / (ceilings.read_gbps * 1e9))
+
+
+class Ceilings(NamedTuple):
+    """Measured on the machine: TFLOP/s of a large matrix product per dtype name, GB/s of reading with every thread."""
+
+    matmul_tflops: dict[str, float]
+    read_gbps: float
+
+    def tflops(self, dtype: torch.dtype) -> float:
+        name = dtype_name(dtype)
+        if name not in self.matmul_tflops:
+            raise KeyError(f"no matmul ceiling was measured for {name}, only for {', '.join(self.matmul_tflops)}")
+        return self.matmul_tflops[name]
+
+
+def attention_work(spec: AttentionSpec, requests) -> Work:
+    """FLOP and unavoidable bytes of one layer's attention for `requests`, pairs (q_len, kv_len)."""
+    flops = num_bytes = 0.0
+    kv_bytes = 2 * spec.head_dim * spec.kv_dtype.itemsize + (8 if spec.kv_dtype == torch.int8 else 0)
+    for q_len, kv_len in requests:
+        position = torch.arange(kv_len - q_len, kv_len)
+        seen = (position + 1).clamp(min=0) if spec.causal else torch.full_like(position, kv_len)
+        if spec.window_left >= 0:
+            first = (position - spec.window_left).clamp(min=0)
+            seen = ((position + 1 if spec.causal else torch.full_like(position, kv_len)) - first).clamp(min=0)
+        reach = min(kv_len, q_len + spec.window_left) if spec.window_left >= 0 else kv_len
+        flops += 4.0 * spec.num_q_heads * spec.head_dim * int(seen.sum())
+        num_bytes += reach * spec.num_kv_heads * kv_bytes + 2 * q_len * spec.num_q_heads * spec.head_dim * spec.dtype.itemsize
+    return Work(flops, num_bytes)
+
+
+def append_kv_work(spec: AttentionSpec, num_tokens: int, *, rotary: bool) -> Work:
+    """Bytes of appending `num_tokens`: k and v read and written once, and with `rotary` q read and written."""
+    row = 2 * spec.num_kv_heads * spec.head_dim * (spec.dtype.itemsize + spec.kv_dtype.itemsize)
+    if rotary:
+        row += 2 * spec.num_q_heads * spec.head_dim * spec.dtype.itemsize
+    return Work(0.0, float(num_tokens * row))
+
+
+def measure_ceilings(device: torch.device | str, dtypes, *, seconds: float = 1.0) -> Ceilings:
+    """Matmul rate for each dtype and read bandwidth, on `device`, with every thread torch uses."""
+    device = torch.device(device)
+    rates = {}
+    for dtype in dict.fromkeys(dtypes):
+        n = MATMUL_SIZE[device.type] // (4 if dtype == torch.float64 else 1)
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty(n, n, dtype=dtype, device=device)
+        timing = measure({"mm": [lambda a=a, b=b, out=out: torch.mm(a, b, out=out)]}, device, seconds=seconds)["mm"]
+        rates[dtype_name(dtype)] = 2 * n**3 / timing.us / 1e6
+    return Ceilings(rates, read_bandwidth(device, seconds=seconds))
+
+
+def read_bandwidth(device: torch.device | str, *, seconds: float = 1.0) -> float:
+    """GB/s of the faster of the readers at hand, over a buffer far larger than any cache.
+
+    The readers: torch's sum, and on a CPU a dot product of NumPy slices, one per thread.
+    """
+    device = torch.device(device)
+    size = READ_BYTES[device.type]
+    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
+    readers = {"sum": [lambda: buffer.sum()]}
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        parts = np.array_split(buffer.numpy(), threads)
+        # A vector against one row: each slice is read once, by one thread of its own.
+        one = np.ones(8192, dtype=np.float32)
+        tiles = [part[: len(part) // 8192 * 8192].reshape(-1, 8192) for part in parts]
+        pool = ThreadPoolExecutor(threads)
+        readers["dot"] = [lambda: list(pool.map(lambda tile: float(tile.dot(one).sum()), tiles))]
+        timings = measure(readers, device, seconds=seconds)
+        pool.shutdown()
+    else:
+        timings = measure(readers, device, seconds=seconds)
+    return size / min(t.us for t in timings.values()) / 1e3
