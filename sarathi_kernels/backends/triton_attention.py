@@ -134,8 +134,39 @@ def _on(device: torch.device):
 
 
 def append_kv(call: AppendKvCall) -> None:
-    raise NotImplementedError
+    from sarathi_kernels.backends import triton_cache as kernels
+
+    if call.slot_mapping.shape[0] == 0:
+        return
+    device, (_, num_kv_heads, head_dim) = call.k.device, call.k.shape
+    num_q_heads = 0 if call.q is None else call.q.shape[1]
+    grid = (call.slot_mapping.shape[0], sum(-(-n // kernels.HEADS.value) for n in (num_kv_heads, num_q_heads)))
+    with _on(device):
+        kernels.append_kv_kernel[grid](
+            call.k, call.v, as_bytes(call.k_cache), as_bytes(call.v_cache), call.slot_mapping, call.q, call.positions, call.cos_sin,
+            call.k_scale, call.v_scale, *call.k.stride()[:2], *call.v.stride()[:2], *(call.q.stride()[:2] if num_q_heads else (0, 0)),
+            *call.k_cache.stride()[:3], *call.v_cache.stride()[:3],
+            **append_constants(num_q_heads, num_kv_heads, head_dim, call.k_cache.shape[1], call.k_cache.dtype,
+                               0 if call.cos_sin is None else call.cos_sin.shape[1], _arch(device)),
+        )  # fmt: skip
+
+
+def append_constants(num_q_heads, num_kv_heads, head_dim, page_size, kv_dtype, rotary_dim, arch) -> dict[str, int]:
+    """Compile-time arguments of `append_kv_kernel`."""
+    half, rest = rotary_dim // 2, head_dim - rotary_dim
+    return dict(
+        NUM_Q_HEADS=num_q_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HEAD_PAD=config.head_pad(head_dim), PAGE_SIZE=page_size,
+        HALF=half, HALF_PAD=config.head_pad(half), REST=rest, REST_PAD=config.head_pad(rest), KV=kv_kind(kv_dtype, arch),
+    )  # fmt: skip
 
 
 def merge_states(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-    raise NotImplementedError
+    from sarathi_kernels.backends import triton_cache as kernels
+
+    rows = lse.numel()
+    if rows == 0:
+        return
+    with _on(out.device):
+        kernels.merge_states_kernel[(-(-rows // kernels.STATE_ROWS.value),)](
+            outs, lses, out, lse, rows, outs.shape[0], HEAD_DIM=outs.shape[-1], HEAD_PAD=config.head_pad(outs.shape[-1])
+        )

@@ -49,7 +49,7 @@ def interpreting() -> bool:
 
 def head_pad(head_dim: int) -> int:
     """head_dim as the tiles hold it: the next power of two, at least 16."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, 1 << max(head_dim - 1, 0).bit_length())
 
 
 def decode_rows(spec: AttentionSpec, config: TileConfig) -> int:
