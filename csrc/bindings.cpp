@@ -1,8 +1,13 @@
 // Where Python meets the host planner and the CPU backend. Raw pointers and sizes; shapes and dtypes were checked above.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
+#include "cpu/cpu.h"
+#include "cpu/isa.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -35,6 +40,27 @@ void write_tables(const Plan& plan, uintptr_t destination) {
   std::memcpy(p, plan.merges.data(), plan.merges.size() * sizeof(MergeItem));
 }
 
+// An argument block as Python packed it (struct.Struct in backends/cpu.py), field by field as in params.h.
+template <class Params>
+Params unpack(const py::bytes& packed) {
+  char* data = nullptr;
+  Py_ssize_t size = 0;
+  if (PyBytes_AsStringAndSize(packed.ptr(), &data, &size) != 0) throw py::error_already_set();
+  if (size != sizeof(Params))
+    throw std::invalid_argument("argument block of " + std::to_string(size) + " bytes, want " + std::to_string(sizeof(Params)) +
+                                ": backends/cpu.py and params.h disagree");
+  Params params;
+  std::memcpy(&params, data, sizeof params);
+  return params;
+}
+
+template <class Params, void (*op)(const Params&, int)>
+void run(const py::bytes& packed, int threads) {
+  const Params params = unpack<Params>(packed);
+  py::gil_scoped_release release;
+  op(params, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -48,4 +74,15 @@ PYBIND11_MODULE(_native, m) {
       .def_readonly("max_page", &Plan::max_page)
       .def("write", &write_tables);
   m.def("make_plan", &make_plan_from_python, py::return_value_policy::reference);
+
+  m.def("cpu_attention", &run<AttentionParams, cpu::attention>);
+  m.def("cpu_append_kv", &run<AppendKvParams, cpu::append_kv>);
+  m.def("cpu_merge_states", &run<MergeParams, cpu::merge_states>);
+  m.def("cpu_isa", [] { return kernels().name; });
+  m.def("cpu_set_isa", &set_isa);
+  m.def("cpu_isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* isa : available_isas()) names.push_back(isa->name);
+    return names;
+  });
 }
