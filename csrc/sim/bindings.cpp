@@ -1,0 +1,53 @@
+// The module _sim: our CUDA kernels, launched in the simulator. One function per kernel, each as its launch in csrc/cuda
+// would choose template arguments and shared memory; what is left to the caller are the grid and the simulator's settings.
+#include "sim/python.h"
+
+#include "cuda/attention_sm80.cuh"
+
+namespace py = pybind11;
+using namespace sarathi;
+
+namespace {
+
+// An argument block as Python packed it, field by field as in params.h.
+template <class Params>
+Params unpack(const py::bytes& packed) {
+  const auto text = static_cast<std::string_view>(packed);
+  if (text.size() != sizeof(Params))
+    throw py::value_error("argument block of " + std::to_string(text.size()) + " bytes, want " + std::to_string(sizeof(Params)));
+  Params params;
+  std::memcpy(&params, text.data(), sizeof params);
+  return params;
+}
+
+template <typename Element>
+sim::Stats attention_sm80(sim::Config& config, const AttentionParams& p) {
+  const auto launch = [&](auto head_dim) {
+    config.smem_bytes = sm80::shared_bytes<Element, head_dim>();
+    return sim::launch(config, sm80::attention_kernel<Element, head_dim>, p);
+  };
+  switch (p.head_dim) {
+    case 64: return launch(std::integral_constant<int, 64>{});
+    case 128: return launch(std::integral_constant<int, 128>{});
+    case 256: return launch(std::integral_constant<int, 256>{});
+  }
+  throw py::value_error("attention_sm80 has no head_dim " + std::to_string(p.head_dim));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_sim, m) {
+  m.doc() = "The CUDA kernels of sarathi_kernels, run on the CPU by the host simulator (csrc/sim)";
+  sim::bind_common(m);
+  // params: bytes of an AttentionParams; buffers: (address, bytes, name, writable) of everything it points to.
+  m.def("attention_sm80", [](const py::bytes& params, int num_blocks, const py::iterable& buffers, const py::kwargs& settings) {
+    const auto p = unpack<AttentionParams>(params);
+    sim::Config config;
+    config.grid = dim3(num_blocks);
+    config.block = dim3(sm80::kThreads);
+    config.ctas_per_sm = sm80::kCtasPerSm;
+    sim::configure(config, settings);
+    const sim::RegisteredBuffers registered(buffers);
+    return sim::to_dict(p.dtype == DType::kBFloat16 ? attention_sm80<bfloat16>(config, p) : attention_sm80<float16>(config, p));
+  });
+}

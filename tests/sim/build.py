@@ -1,0 +1,59 @@
+"""Builds the simulator's modules with the project's CMake, in a tree of their own, and imports them.
+
+    sim = build.module("_sim")           the CUDA kernels of csrc/cuda, compiled by g++
+    tests = build.module("_sim_tests")   the test kernels of this folder
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+ROOT = Path(__file__).resolve().parents[2]
+TREE = ROOT / "build" / f"{sys.implementation.cache_tag}-sim"
+
+
+@functools.lru_cache
+def configure() -> None:
+    """Runs CMake once per process. ninja and cmake may come from the environment of this interpreter."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    command = [
+        shutil.which("cmake", path=path) or "cmake", "-S", str(ROOT), "-B", str(TREE), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DSARATHI_OUTPUT={TREE / 'out'}", "-DSARATHI_SIM=ON", "-DSARATHI_CUDA=OFF",
+    ]  # fmt: skip
+    if ninja := shutil.which("ninja", path=path):
+        command.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
+    _run(command)
+
+
+@functools.lru_cache
+def module(name: str) -> ModuleType:
+    """Builds the target `name` (a moment when nothing changed) and imports it.
+
+    Raises:
+        RuntimeError: it does not compile; the message is the compiler's.
+    """
+    configure()
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    _run([shutil.which("cmake", path=path) or "cmake", "--build", str(TREE), "--target", name])
+    file = TREE / "out" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
