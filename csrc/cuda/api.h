@@ -26,3 +26,6 @@ SARATHI_API int sarathi_cuda_driver_version(int* version);   // 0 when there is 
 SARATHI_API int sarathi_cuda_device_count(int* count);
 SARATHI_API int sarathi_cuda_device_info(int device, sarathi::DeviceInfo* info);
 SARATHI_API const char* sarathi_cuda_error(int code);
+
+// num_blocks: persistent CTAs to launch, 2 per SM at most; p->counts says how much work there is.
+SARATHI_API int sarathi_cuda_attention_sm80(const sarathi::AttentionParams* p, int num_blocks, void* stream);
