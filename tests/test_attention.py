@@ -178,7 +178,8 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.sarathi.attention, args)
 
 
-def test_compiles_as_one_graph():
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_as_one_graph(compiler):
     inputs = testing.make_inputs(Case("op", testing.SHAPES["hybrid"], make_spec((8, 2), 64)), torch.float32)
     plan = inputs.plan("cpu")
 
@@ -187,7 +188,7 @@ def test_compiles_as_one_graph():
         return out + 1.0, lse
 
     want = layer(*inputs[1:4])
-    got = torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs[1:4])
+    got = torch.compile(layer, fullgraph=True, backend=compiler)(*inputs[1:4])
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 

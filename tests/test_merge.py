@@ -9,7 +9,7 @@ BACKENDS = ["cpu", "reference"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
 @pytest.mark.parametrize("num_states", [1, 2, 3, 17, 133])
 def test_matches_one_softmax(num_states, dtype, tolerance, backend):
     generator = torch.Generator().manual_seed(num_states)
