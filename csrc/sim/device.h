@@ -72,7 +72,7 @@ T atomic(T* address, Change change, Site site, const char* what) {
 
 inline void __syncthreads(sarathi::sim::Site site = {}) { sarathi::sim::barrier(0, 0, true, site); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, sarathi::sim::Site site = {}) {
-  sarathi::sim::warp_collective("__syncwarp", mask, nullptr, [](sarathi::sim::Warp&, uint32_t, void* const*) {}, site);
+  sarathi::sim::warp_collective("__syncwarp", mask, nullptr, sarathi::sim::sync_warp, site);
 }
 
 template <typename T>

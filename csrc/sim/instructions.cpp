@@ -2,12 +2,17 @@
 
 #include <cstring>
 
+#include "sim/races.h"
+
 namespace sarathi::sim {
 namespace {
 
 constexpr uint32_t kFullMask = 0xffffffffu;
 
-void land(const PendingCopy& copy) {
+// Writes the bytes. When that happens is up to the simulator; the copy is under way until the thread has waited for it.
+void land(PendingCopy& copy) {
+  if (copy.landed) return;
+  copy.landed = true;
   std::memcpy(copy.to, copy.from, copy.bytes);
   std::memset(copy.to + copy.bytes, 0, copy.size - copy.bytes);
   machine.stats.global_to_shared_bytes += copy.bytes;
@@ -15,14 +20,16 @@ void land(const PendingCopy& copy) {
 
 // In random mode each copy that is still on its way lands now with probability 1/2.
 void land_some(std::vector<PendingCopy>& copies) {
-  size_t kept = 0;
-  for (const PendingCopy& copy : copies) {
-    if (random_below(2) == 0)
-      land(copy);
-    else
-      copies[kept++] = copy;
+  for (PendingCopy& copy : copies)
+    if (random_below(2) == 0) land(copy);
+}
+
+void finish(Thread& t, std::vector<PendingCopy>& copies) {
+  for (PendingCopy& copy : copies) {
+    land(copy);
+    if (t.cta->races) t.cta->races->finish_copy(t.index, t.count, static_cast<uint32_t>(copy.to - t.cta->smem), copy.size);
   }
-  copies.resize(kept);
+  copies.clear();
 }
 
 }  // namespace
@@ -36,11 +43,11 @@ void cp_async(uint32_t shared, const void* from, uint32_t size, uint32_t bytes, 
       fail("misaligned", "cp.async source is not a multiple of " + std::to_string(size));
     if (machine.config.check_global) global_memory().check(from, bytes, false, "cp.async source");
   }
-  const PendingCopy copy{to, static_cast<const char*>(from), size, bytes};
-  if (machine.config.completion == Completion::kEager)
-    land(copy);
-  else
-    self().open_copies.push_back(copy);
+  Thread& t = self();
+  PendingCopy copy{to, static_cast<const char*>(from), size, bytes, false};
+  if (t.cta->races) t.cta->races->begin_copy(t, static_cast<uint32_t>(to - t.cta->smem), size);
+  if (machine.config.completion == Completion::kEager) land(copy);
+  t.open_copies.push_back(copy);
 }
 
 void cp_async_commit(Site site) {
@@ -60,14 +67,10 @@ void cp_async_wait(int pending_groups, Site site) {
   const size_t keep = pending_groups < 0 ? 0 : static_cast<size_t>(pending_groups);
   if (t.copy_groups.size() > keep) {
     const auto end = t.copy_groups.end() - static_cast<ptrdiff_t>(keep);
-    for (auto group = t.copy_groups.begin(); group != end; ++group)
-      for (const PendingCopy& copy : *group) land(copy);
+    for (auto group = t.copy_groups.begin(); group != end; ++group) finish(t, *group);
     t.copy_groups.erase(t.copy_groups.begin(), end);
   }
-  if (pending_groups < 0) {
-    for (const PendingCopy& copy : t.open_copies) land(copy);
-    t.open_copies.clear();
-  }
+  if (pending_groups < 0) finish(t, t.open_copies);
   progress();
 }
 
@@ -77,17 +80,22 @@ namespace {
 
 struct LdmatrixOperand { uint32_t* r; uint32_t shared; int count; bool transposed; };
 
-void run_ldmatrix(Warp&, uint32_t, void* const* operands) {
+void run_ldmatrix(Warp& warp, uint32_t, void* const* operands) {
   const auto lane = [&](int l) -> const LdmatrixOperand& { return *static_cast<LdmatrixOperand*>(operands[l]); };
   const int count = lane(0).count;
   const bool transposed = lane(0).transposed;
+  Thread* const last = machine.running;
   for (int m = 0; m < count; ++m) {
     uint16_t matrix[8][8];
     int rows_in_bank_group[8] = {};  // a row of 16 bytes covers four of the 32 banks
     uint32_t seen[8];
     for (int row = 0; row < 8; ++row) {
       const uint32_t address = lane(m * 8 + row).shared;
+      // The address came from that lane: it is the reader, and a fault is reported in its name.
+      Thread& reader = warp.threads[m * 8 + row];
+      machine.running = &reader;
       std::memcpy(matrix[row], shared_pointer(address, 16, 16, "ldmatrix row"), 16);
+      if (warp.cta->races) warp.cta->races->read(reader, address - kSharedBase, 16);
       seen[row] = address;
       bool repeated = false;  // two lanes with one address share the access
       for (int other = 0; other < row; ++other) repeated |= seen[other] == address;
@@ -105,6 +113,7 @@ void run_ldmatrix(Warp&, uint32_t, void* const* operands) {
       lane(l).r[m] = low | high << 16;
     }
   }
+  machine.running = last;
 }
 
 }  // namespace

@@ -5,10 +5,16 @@
 #include <map>
 
 #include "sim/memory.h"
+#include "sim/races.h"
 
 namespace sarathi::sim {
 
 Machine machine;
+
+Cta::Cta() {
+  for (Barrier& b : barriers) b.gathered = std::make_unique<Gathered>();
+}
+Cta::~Cta() = default;
 
 uint32_t random_below(uint32_t bound) {  // xorshift64*
   uint64_t& s = machine.random_state;
@@ -116,7 +122,8 @@ Gathering& open_gathering(const char* name, uint32_t mask, Site site) {
 
 namespace {
 
-void complete(Cta& cta, Barrier& b, int id) {
+// `last` is the thread whose arrival completes it, when it also waits.
+void complete(Cta& cta, Barrier& b, int id, Thread* last) {
   ++machine.stats.barriers;
   progress();
   // bar.sync is a warp-wide instruction: lanes of one warp that meet in it from different places have diverged.
@@ -127,6 +134,11 @@ void complete(Cta& cta, Barrier& b, int id) {
     if (f->site.line != t->site.line || f->site.file != t->site.file)
       fail("divergence", "lanes of warp " + std::to_string(t->warp->index) + " reach barrier " + std::to_string(id) +
                              " from different places: " + describe(f->site) + " and " + describe(t->site));
+  }
+  if (cta.races) {
+    const Knowledge knowledge = b.gathered->take(cta.races->num_agents());
+    for (Thread* t : b.waiting) cta.races->acquire(*t, knowledge);
+    if (last != nullptr) cta.races->acquire(*last, knowledge);
   }
   for (Thread* t : b.waiting) wake(*t);
   b.expected = b.arrived = 0;
@@ -158,13 +170,23 @@ void barrier(int id, int threads, bool wait, Site site) {
   }
   ++b.arrived;
   b.arrived_threads.push_back(&t);
+  if (cta.races) cta.races->release(t, *b.gathered);
   const int target = b.whole_cta ? cta.live_threads : b.expected;
   if (b.arrived == target) {
-    complete(cta, b, id);
+    complete(cta, b, id, wait ? &t : nullptr);
   } else if (wait) {
     b.waiting.push_back(&t);
     block("barrier", id);
   }
+}
+
+void sync_warp(Warp& warp, uint32_t mask, void* const*) {
+  RaceChecker* races = warp.cta->races.get();
+  if (races == nullptr) return;
+  Gathered gathered;
+  for (uint32_t rest = mask; rest != 0; rest &= rest - 1) races->release(warp.threads[__builtin_ctz(rest)], gathered);
+  const Knowledge knowledge = gathered.take(races->num_agents());
+  for (uint32_t rest = mask; rest != 0; rest &= rest - 1) races->acquire(warp.threads[__builtin_ctz(rest)], knowledge);
 }
 
 // ---- reports ----
@@ -212,7 +234,7 @@ void thread_main() {
   // A thread that exits counts as arrived in every later __syncthreads, also in one that is under way.
   for (int id = 0; id < kNamedBarriers; ++id) {
     Barrier& b = cta.barriers[id];
-    if (b.arrived > 0 && b.whole_cta && b.arrived == cta.live_threads) complete(cta, b, id);
+    if (b.arrived > 0 && b.whole_cta && b.arrived == cta.live_threads) complete(cta, b, id, nullptr);
   }
   leave(t);
   std::abort();
@@ -278,6 +300,7 @@ std::unique_ptr<Cta> make_cta(int64_t linear, int slot) {
     // Tops of stacks are a multiple of the page size apart: staggered, so that 32 lanes do not fight for one cache set.
     t.fiber.prepare(t.stack, StackPool::kBytes - 192 * (i % 61), thread_main);
   }
+  if (c.check_races) cta->races = std::make_unique<RaceChecker>(*cta, c.smem_bytes);
   ++machine.stats.ctas;
   return cta;
 }

@@ -69,8 +69,10 @@ inline constexpr uint32_t kSharedBase = 1024;  // shared-window address of the f
 
 struct Cta;
 struct Warp;
+class RaceChecker;
+class Gathered;
 
-struct PendingCopy { char* to; const char* from; uint32_t size, bytes; };  // `bytes` are read, the rest is zeros
+struct PendingCopy { char* to; const char* from; uint32_t size, bytes; bool landed; };  // `bytes` are read, the rest is zeros
 
 struct Thread {
   Fiber fiber;
@@ -86,6 +88,8 @@ struct Thread {
   bool polling = false;
   int waits_on = -1;                          // barrier number or shared address, for the report
   Site site{nullptr, 0};                      // the latest wrapper
+  uint32_t count = 1;                         // synchronisations so far, and what it has seen of others (races.h)
+  std::shared_ptr<const std::vector<uint32_t>> knowledge;
   std::vector<PendingCopy> open_copies;       // cp.async since the last commit
   std::vector<std::vector<PendingCopy>> copy_groups;
 };
@@ -111,6 +115,7 @@ struct Barrier {
   bool whole_cta = false;                     // __syncthreads: also completes when the missing threads exit
   std::vector<Thread*> waiting;
   std::vector<Thread*> arrived_threads;
+  std::unique_ptr<Gathered> gathered;
 };
 
 struct Cta {
@@ -122,6 +127,9 @@ struct Cta {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barriers[kNamedBarriers];
+  std::unique_ptr<RaceChecker> races;         // null when the launch does not check
+  Cta();
+  ~Cta();
 };
 
 struct Machine {
@@ -216,6 +224,9 @@ inline __attribute__((always_inline)) void warp_collective(const char* name, uin
   work(warp, mask, warp.operands);
   warp.ready |= mask;
 }
+
+// What __syncwarp does when all have come: each thread then knows what the others did to shared memory.
+void sync_warp(Warp& warp, uint32_t mask, void* const*);
 
 // bar.sync (wait = true) and bar.arrive. threads = 0: all threads of the CTA that have not exited.
 void barrier(int id, int threads, bool wait, Site site);

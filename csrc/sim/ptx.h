@@ -4,6 +4,7 @@
 
 #include "sim/device.h"
 #include "sim/instructions.h"
+#include "sim/races.h"
 
 namespace sarathi::ptx {
 
@@ -108,13 +109,19 @@ template <typename T>
 inline T ld_shared(const T* p, Site site = {}) {
   sim::enter(site);
   sim::machine.stats.shared_load_bytes += sizeof(T);
-  return *reinterpret_cast<const T*>(sim::shared_pointer(sim::shared_address(p), sizeof(T), sizeof(T), "ld.shared"));
+  const uint32_t address = sim::shared_address(p);
+  const auto* from = reinterpret_cast<const T*>(sim::shared_pointer(address, sizeof(T), sizeof(T), "ld.shared"));
+  if (auto& races = sim::self().cta->races) races->read(sim::self(), address - sim::kSharedBase, sizeof(T));
+  return *from;
 }
 template <typename T>
 inline void st_shared(T* p, T value, Site site = {}) {
   sim::enter(site);
   sim::machine.stats.shared_store_bytes += sizeof(T);
-  *reinterpret_cast<T*>(sim::shared_pointer(sim::shared_address(p), sizeof(T), sizeof(T), "st.shared")) = value;
+  const uint32_t address = sim::shared_address(p);
+  auto* to = reinterpret_cast<T*>(sim::shared_pointer(address, sizeof(T), sizeof(T), "st.shared"));
+  if (auto& races = sim::self().cta->races) races->write(sim::self(), address - sim::kSharedBase, sizeof(T));
+  *to = value;
 }
 template <typename T>
 inline T ld_global(const T* p, Site site = {}) {
