@@ -335,7 +335,8 @@ struct UnitRun {
     else consume<false>(out, softmax);
 
     softmax.finish();
-    __syncthreads();  // the ring is read no more
+    ptx::cp_async_wait<0>();  // of Q, when there was no key to wait for
+    __syncthreads();          // the ring is read no more
     stage(out, softmax);
     __syncthreads();
     write();
