@@ -29,3 +29,6 @@ SARATHI_API const char* sarathi_cuda_error(int code);
 
 // num_blocks: persistent CTAs to launch, 2 per SM at most; p->counts says how much work there is.
 SARATHI_API int sarathi_cuda_attention_sm80(const sarathi::AttentionParams* p, int num_blocks, void* stream);
+// Rows (innermost head_dim) must begin at multiples of 16 bytes where head_dim is a multiple of 8; the same for merge_states.
+SARATHI_API int sarathi_cuda_append_kv(const sarathi::AppendKvParams* p, void* stream);
+SARATHI_API int sarathi_cuda_merge_states(const sarathi::MergeParams* p, void* stream);

@@ -1,8 +1,10 @@
 // Where Python meets the CUDA library: pointers as ints, sizes, a stream. Shapes, dtypes and strides were checked above.
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "cuda/api.h"
 
@@ -21,6 +23,19 @@ int version(int (*get)(int*), const char* what) {
   return value;
 }
 
+// An argument block as Python packed it, field by field as in params.h.
+template <typename Params>
+Params unpack(const py::bytes& packed) {
+  const auto text = static_cast<std::string_view>(packed);
+  if (text.size() != sizeof(Params))
+    throw py::value_error("argument block of " + std::to_string(text.size()) + " bytes, want " + std::to_string(sizeof(Params)));
+  Params params;
+  std::memcpy(&params, text.data(), sizeof params);
+  return params;
+}
+
+void* stream_of(uintptr_t stream) { return reinterpret_cast<void*>(stream); }
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -37,5 +52,17 @@ PYBIND11_MODULE(_cuda, m) {
     DeviceInfo info{};
     check(sarathi_cuda_device_info(device, &info), "device info");
     return py::make_tuple(info.compute_capability, info.num_sms, info.shared_bytes);
+  });
+  m.def("attention_sm80", [](const py::bytes& params, int num_blocks, uintptr_t stream) {
+    const auto p = unpack<AttentionParams>(params);
+    check(sarathi_cuda_attention_sm80(&p, num_blocks, stream_of(stream)), "attention");
+  });
+  m.def("append_kv", [](const py::bytes& params, uintptr_t stream) {
+    const auto p = unpack<AppendKvParams>(params);
+    check(sarathi_cuda_append_kv(&p, stream_of(stream)), "append_kv");
+  });
+  m.def("merge_states", [](const py::bytes& params, uintptr_t stream) {
+    const auto p = unpack<MergeParams>(params);
+    check(sarathi_cuda_merge_states(&p, stream_of(stream)), "merge_states");
   });
 }

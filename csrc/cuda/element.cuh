@@ -34,4 +34,8 @@ __device__ __forceinline__ Element from_float(float x) {
   else return __float2half_rn(x);
 }
 
+// Neighbours in memory that one load or store moves.
+template <typename Element, int kWidth>
+struct alignas(kWidth * sizeof(Element)) Group { Element x[kWidth]; };
+
 }  // namespace sarathi

@@ -1,0 +1,61 @@
+"""The CUDA backend's kernels on the CPU: its own argument packing, its own kernel source, launched in the host simulator."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from sarathi_kernels.backends import AppendKvCall, AttentionCall, cuda
+from sarathi_kernels.testing import Inputs
+
+sys.path.insert(0, str(Path(__file__).parent / "sim"))
+import build  # noqa: E402
+
+# Scheduling and asynchronous completion. Seed 0 runs in index order; others interleave warps at random.
+SCHEDULES = [(seed, completion) for seed in (1, 2, 3) for completion in ("late", "eager", "random")]
+
+
+def attention(inputs: Inputs, *, config=None, num_blocks: int = 4, out=None, **settings):
+    """(out, lse, stats) of the sm_80 kernel on CPU tensors, planned with the CUDA backend's configuration (or `config`).
+
+    settings: of the simulator: seed, completion, num_sms, ...
+    """
+    plan = inputs.plan("reference", config=config or cuda.plan_config(inputs.spec))
+    out = torch.full(inputs.q.shape, torch.nan, dtype=inputs.q.dtype) if out is None else out
+    lse = torch.full(inputs.q.shape[:2], torch.nan)
+    spec = inputs.spec
+    call = AttentionCall(
+        inputs.q, inputs.k_cache, inputs.v_cache, out, lse, plan.cu_seqlens_q, plan.seqused_k, plan.block_table,
+        plan.work_items, plan.merge_items, plan.counts, plan.partial_out, plan.partial_lse, plan.counters,
+        inputs.kwargs.get("sinks"), inputs.kwargs.get("tree_mask"), None, None,
+        spec.softmax_scale, spec.softcap, spec.causal, spec.window_left,
+    )  # fmt: skip
+    written = {"out", "lse", "partial_out", "partial_lse", "counters"}
+    stats = build.module("_sim").attention_sm80(cuda.attention_params(call), num_blocks, _buffers(call, written), **settings)
+    assert not plan.counters.any(), "counters must be zero after every call"
+    return out, lse, stats
+
+
+def append_kv(call: AppendKvCall, **settings) -> dict:
+    written = {"k_cache", "v_cache", "q"}
+    return build.module("_sim").append_kv(cuda.append_kv_params(call), _buffers(call, written), **settings)
+
+
+def merge_states(outs, lses, **settings):
+    out, lse = torch.full(outs.shape[1:], torch.nan, dtype=outs.dtype), torch.full(lses.shape[1:], torch.nan)
+    buffers = [_buffer("outs", outs, False), _buffer("lses", lses, False), _buffer("out", out, True), _buffer("lse", lse, True)]
+    build.module("_sim").merge_states(cuda.merge_params(outs, lses, out, lse), buffers, **settings)
+    return out, lse
+
+
+def _buffers(call, written):
+    tensors = {name: t for name, t in call._asdict().items() if isinstance(t, torch.Tensor)}
+    return [_buffer(name, t, name in written) for name, t in tensors.items() if t.numel()]
+
+
+def _buffer(name, tensor, writable):
+    """(address, bytes, name, writable) from the tensor's first element to its last: gaps of a strided one are inside."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), (last + 1) * tensor.element_size(), name, writable
