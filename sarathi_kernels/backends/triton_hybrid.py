@@ -73,14 +73,22 @@ def locate(pages, start, kv_begin, kv_end, MASKED: tl.constexpr, PAGE_SIZE: tl.c
     key = start + tl.arange(0, KEYS)
     exists = (key >= kv_begin) & (key < kv_end)
     if PAGE_SIZE % KEYS == 0:  # the block lies in one page
-        page = tl.load(pages + start // PAGE_SIZE).to(tl.int64)
-        slot = (start % PAGE_SIZE + tl.arange(0, KEYS)).to(tl.int64)
-        return page, slot, exists
-    if MASKED:
-        page = tl.load(pages + key // PAGE_SIZE, mask=exists, other=0).to(tl.int64)
+        page = tl.load(pages + start // PAGE_SIZE)
+    elif MASKED:
+        page = tl.load(pages + key // PAGE_SIZE, mask=exists, other=0)
     else:
-        page = tl.load(pages + key // PAGE_SIZE).to(tl.int64)
-    return page, (key % PAGE_SIZE).to(tl.int64), exists
+        page = tl.load(pages + key // PAGE_SIZE)
+    return page.to(tl.int64), key % PAGE_SIZE, exists
+
+
+@triton.jit
+def tile_mask(rows, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr):
+    """rows [ROWS] bool -> [ROWS, HEAD_PAD], or [ROWS, 1] where no padding needs to be masked."""
+    if HEAD_DIM == HEAD_PAD:
+        mask = rows[:, None]
+    else:
+        mask = rows[:, None] & (tl.arange(0, HEAD_PAD) < HEAD_DIM)[None, :]
+    return mask
 
 
 @triton.jit
@@ -91,10 +99,8 @@ def load_kv(
     """A block of keys or values, [KEYS, HEAD_PAD] in `dtype`. Slots that are not the request's are not read: they may hold NaN."""
     d = tl.arange(0, HEAD_PAD)
     at = cache + (page * stride_page + slot * stride_slot)[:, None] + d[None, :]
-    if MASKED and HEAD_DIM != HEAD_PAD:
-        tile = tl.load(at, mask=exists[:, None] & (d < HEAD_DIM)[None, :], other=0)
-    elif MASKED:
-        tile = tl.load(at, mask=exists[:, None], other=0)
+    if MASKED:
+        tile = tl.load(at, mask=tile_mask(exists, HEAD_DIM, HEAD_PAD), other=0)
     elif HEAD_DIM != HEAD_PAD:
         tile = tl.load(at, mask=(d < HEAD_DIM)[None, :], other=0)
     else:
@@ -131,37 +137,48 @@ def finish(m, l, sink):
 
 
 @triton.jit
+def unpack_rows(q_begin, row_begin, row_count, kv_head, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """Packed rows [row_begin, row_begin + ROWS) as (row of the first token, tokens from it [ROWS], query heads [ROWS], valid [ROWS]).
+
+    The first is 64 bits wide, so that what is added to it per row can be 32: the launch checks that it suffices.
+    """
+    r = tl.arange(0, ROWS)
+    token = (row_begin + r) // GROUP - row_begin // GROUP
+    return (q_begin + row_begin // GROUP).to(tl.int64), token, kv_head * GROUP + (row_begin + r) % GROUP, r < row_count
+
+
+@triton.jit
 def write_rows(
-    out, lse, values, row_lse, token_row, q_head, ok, stride_token, stride_head,
+    out, lse, values, row_lse, first_token, token, q_head, ok, stride_token, stride_head,
     NUM_Q_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, HEAD_PAD)
-    at = out + (token_row * stride_token + q_head * stride_head)[:, None] + d[None, :]
-    tl.store(at, values.to(out.dtype.element_ty), mask=ok[:, None] & (d < HEAD_DIM)[None, :])
+    at = out + first_token * stride_token + (token * stride_token + q_head * stride_head)[:, None] + d[None, :]
+    tl.store(at, values.to(out.dtype.element_ty), mask=tile_mask(ok, HEAD_DIM, HEAD_PAD))
     if lse is not None:
-        tl.store(lse + token_row * NUM_Q_HEADS + q_head, row_lse, mask=ok)
+        tl.store(lse + first_token * NUM_Q_HEADS + (token * NUM_Q_HEADS + q_head), row_lse, mask=ok)
 
 
 @triton.jit
 def attend(
     q, k_cache, v_cache, out, lse, pages, partial_out, partial_lse, sinks, tree_mask, k_scale, v_scale,
     q_stride_token, q_stride_head, out_stride_token, out_stride_head, k_stride_page, k_stride_slot, v_stride_page, v_stride_slot,
-    softmax_scale, softcap, window_left, row_begin, row_count, kv_begin, kv_end, q_begin, q_len, kv_len, partial_row, kv_head,
+    softmax_scale, softcap, window_left, item, kv_head,
     GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KV: tl.constexpr, INTERPRET: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, UNMASKED_LOOP: tl.constexpr,
 ):  # fmt: skip
     """One work item for one kv head."""
-    r = tl.arange(0, ROWS)
     d = tl.arange(0, HEAD_PAD)
-    row = row_begin + r
-    ok = r < row_count
-    q_head = (kv_head * GROUP + row % GROUP).to(tl.int64)
-    token_row = (q_begin + row // GROUP).to(tl.int64)
-    shift = kv_len - q_len
-    position = shift + row // GROUP
-    at = q + (token_row * q_stride_token + q_head * q_stride_head)[:, None] + d[None, :]
-    q_tile = tl.load(at, mask=ok[:, None] & (d < HEAD_DIM)[None, :], other=0)
+    kv_begin = tl.load(item + KV_BEGIN)
+    kv_end = tl.load(item + KV_END)
+    row_begin = tl.load(item + ROW_BEGIN)
+    row_count = tl.load(item + ROW_COUNT)
+    shift = tl.load(item + KV_LEN) - tl.load(item + Q_LEN)
+    first_token, token, q_head, ok = unpack_rows(tl.load(item + Q_BEGIN), row_begin, row_count, kv_head, GROUP, ROWS)
+    position = shift + row_begin // GROUP + token
+    at = q + first_token * q_stride_token + (token * q_stride_token + q_head * q_stride_head)[:, None] + d[None, :]
+    q_tile = tl.load(at, mask=tile_mask(ok, HEAD_DIM, HEAD_PAD), other=0)
     dtype: tl.constexpr = q.dtype.element_ty
 
     scale = softmax_scale
@@ -175,7 +192,7 @@ def attend(
     else:
         scale *= LOG2E
     if tree_mask is not None:
-        tree = tl.load(tree_mask + token_row, mask=ok, other=0)
+        tree = tl.load(tree_mask + first_token + token, mask=ok, other=0)
         tree_low = tree.to(tl.int32)
         tree_high = (tree >> 32).to(tl.int32)
 
@@ -240,18 +257,23 @@ def attend(
 
     if KV == KV_FP8 or KV == KV_FP8_BITS:
         acc *= tl.load(v_scale + kv_head)
+    # Row addresses are computed anew: kept from above they would sit in registers all through the loops.
+    row_begin = tl.load(item + ROW_BEGIN, volatile=True)
+    partial_row = tl.load(item + PARTIAL_ROW)
+    first_token, token, q_head, ok = unpack_rows(tl.load(item + Q_BEGIN), row_begin, row_count, kv_head, GROUP, ROWS)
+    sink = None
+    if sinks is not None:  # of a split row, the sink joins at the merge
+        sink = tl.load(sinks + q_head, mask=ok & (partial_row < 0), other=float("-inf"))
+    factor, row_lse = finish(m, l, sink)
+    acc *= factor[:, None]
     if partial_row >= 0:
-        factor, row_lse = finish(m, l, None)
-        at_row = (partial_row + r).to(tl.int64) * NUM_KV_HEADS + kv_head
-        tl.store(partial_out + at_row[:, None] * HEAD_DIM + d[None, :], acc * factor[:, None], mask=ok[:, None] & (d < HEAD_DIM)[None, :])
-        tl.store(partial_lse + at_row, row_lse, mask=ok)
+        first_at = partial_row.to(tl.int64) * NUM_KV_HEADS + kv_head
+        row_at = tl.arange(0, ROWS) * NUM_KV_HEADS
+        tl.store(partial_out + first_at * HEAD_DIM + (row_at * HEAD_DIM)[:, None] + d[None, :], acc, mask=tile_mask(ok, HEAD_DIM, HEAD_PAD))
+        tl.store(partial_lse + first_at + row_at, row_lse, mask=ok)
     else:
-        sink = None
-        if sinks is not None:
-            sink = tl.load(sinks + q_head, mask=ok, other=0)
-        factor, row_lse = finish(m, l, sink)
         write_rows(
-            out, lse, acc * factor[:, None], row_lse, token_row, q_head, ok, out_stride_token, out_stride_head,
+            out, lse, acc, row_lse, first_token, token, q_head, ok, out_stride_token, out_stride_head,
             GROUP * NUM_KV_HEADS, HEAD_DIM, HEAD_PAD,
         )  # fmt: skip
 
@@ -275,7 +297,7 @@ def merge_splits(
             at = (partial_row + split * row_count + r).to(tl.int64) * NUM_KV_HEADS + kv_head
             s = tl.load(partial_lse + at, mask=ok, other=float("-inf"), cache_modifier=".cg") * LOG2E
             value = tl.load(
-                partial_out + at[:, None] * HEAD_DIM + d[None, :], mask=ok[:, None] & (d < HEAD_DIM)[None, :], other=0,
+                partial_out + at[:, None] * HEAD_DIM + d[None, :], mask=tile_mask(ok, HEAD_DIM, HEAD_PAD), other=0,
                 cache_modifier=".cg",
             )  # fmt: skip
             m_new = tl.maximum(m, s)
@@ -285,15 +307,14 @@ def merge_splits(
             l = l * shrink + weight
             acc = acc * shrink[:, None] + value * weight[:, None]
             m = m_new
-        row = row_begin + r
-        q_head = (kv_head * GROUP + row % GROUP).to(tl.int64)
+        first_token, token, q_head, _ = unpack_rows(q_begin, row_begin + begin, MERGE_ROWS, kv_head, GROUP, MERGE_ROWS)
         sink = None
         if sinks is not None:
             sink = tl.load(sinks + q_head, mask=ok, other=0)
         factor, row_lse = finish(m, l, sink)
         write_rows(
-            out, lse, acc * factor[:, None], row_lse, (q_begin + row // GROUP).to(tl.int64), q_head, ok, out_stride_token,
-            out_stride_head, GROUP * NUM_KV_HEADS, HEAD_DIM, HEAD_PAD,
+            out, lse, acc * factor[:, None], row_lse, first_token, token, q_head, ok, out_stride_token, out_stride_head,
+            GROUP * NUM_KV_HEADS, HEAD_DIM, HEAD_PAD,
         )  # fmt: skip
 
 
@@ -305,9 +326,9 @@ def attention_kernel(
     k_stride_page, k_stride_slot, k_stride_head, v_stride_page, v_stride_slot, v_stride_head, block_table_stride,
     total_q, softmax_scale, softcap, window_left,
     GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KV: tl.constexpr, INTERPRET: tl.constexpr,
-    PREFILL_ROWS: tl.constexpr, PREFILL_KEYS: tl.constexpr, PREFILL_STAGES: tl.constexpr,
-    DECODE_ROWS: tl.constexpr, DECODE_KEYS: tl.constexpr, DECODE_STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KV: tl.constexpr,
+    INTERPRET: tl.constexpr, PREFILL_ROWS: tl.constexpr, PREFILL_KEYS: tl.constexpr,
+    PREFILL_STAGES: tl.constexpr, DECODE_ROWS: tl.constexpr, DECODE_KEYS: tl.constexpr, DECODE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Shapes and meaning as in csrc/params.h, AttentionParams. queue [2]: next ticket, programs that are done; both end at 0."""
     num_items = tl.load(counts)
@@ -327,15 +348,6 @@ def attention_kernel(
         item = work_items + (visit // NUM_KV_HEADS) * ITEM_WIDTH
         kv_head = visit % NUM_KV_HEADS
         request = tl.load(item + REQUEST).to(tl.int64)
-        row_begin = tl.load(item + ROW_BEGIN)
-        row_count = tl.load(item + ROW_COUNT)
-        kv_begin = tl.load(item + KV_BEGIN)
-        kv_end = tl.load(item + KV_END)
-        q_begin = tl.load(item + Q_BEGIN)
-        q_len = tl.load(item + Q_LEN)
-        kv_len = tl.load(item + KV_LEN)
-        partial_row = tl.load(item + PARTIAL_ROW)
-        merge_index = tl.load(item + MERGE_INDEX)
         pages = block_table + request * block_table_stride
         k_head = k_cache + kv_head.to(tl.int64) * k_stride_head
         v_head = v_cache + kv_head.to(tl.int64) * v_stride_head
@@ -343,18 +355,17 @@ def attention_kernel(
             attend(
                 q, k_head, v_head, out, lse, pages, partial_out, partial_lse, sinks, tree_mask, k_scale, v_scale,
                 q_stride_token, q_stride_head, out_stride_token, out_stride_head, k_stride_page, k_stride_slot, v_stride_page,
-                v_stride_slot, softmax_scale, softcap, window_left, row_begin, row_count, kv_begin, kv_end, q_begin, q_len,
-                kv_len, partial_row, kv_head, GROUP, NUM_KV_HEADS, HEAD_DIM, HEAD_PAD, PAGE_SIZE, CAUSAL, WINDOW, SOFTCAP, KV,
-                INTERPRET, PREFILL_ROWS, PREFILL_KEYS, PREFILL_STAGES, True,
+                v_stride_slot, softmax_scale, softcap, window_left, item, kv_head, GROUP, NUM_KV_HEADS, HEAD_DIM, HEAD_PAD, PAGE_SIZE,
+                CAUSAL, WINDOW, SOFTCAP, KV, INTERPRET, PREFILL_ROWS, PREFILL_KEYS, PREFILL_STAGES, True,
             )  # fmt: skip
         else:
             attend(
                 q, k_head, v_head, out, lse, pages, partial_out, partial_lse, sinks, tree_mask, k_scale, v_scale,
                 q_stride_token, q_stride_head, out_stride_token, out_stride_head, k_stride_page, k_stride_slot, v_stride_page,
-                v_stride_slot, softmax_scale, softcap, window_left, row_begin, row_count, kv_begin, kv_end, q_begin, q_len,
-                kv_len, partial_row, kv_head, GROUP, NUM_KV_HEADS, HEAD_DIM, HEAD_PAD, PAGE_SIZE, CAUSAL, WINDOW, SOFTCAP, KV,
-                INTERPRET, DECODE_ROWS, DECODE_KEYS, DECODE_STAGES, False,
+                v_stride_slot, softmax_scale, softcap, window_left, item, kv_head, GROUP, NUM_KV_HEADS, HEAD_DIM, HEAD_PAD, PAGE_SIZE,
+                CAUSAL, WINDOW, SOFTCAP, KV, INTERPRET, DECODE_ROWS, DECODE_KEYS, DECODE_STAGES, False,
             )  # fmt: skip
+        merge_index = tl.load(item + MERGE_INDEX)
         if merge_index >= 0:
             merge = merge_items + merge_index * MERGE_WIDTH
             num_splits = tl.load(merge + MERGE_NUM_SPLITS)
@@ -363,8 +374,8 @@ def attention_kernel(
             tl.debug_barrier()
             if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
                 merge_splits(
-                    out, lse, partial_out, partial_lse, sinks, out_stride_token, out_stride_head, row_begin, row_count, q_begin,
-                    tl.load(merge + MERGE_PARTIAL_ROW), num_splits, kv_head, GROUP, NUM_KV_HEADS, HEAD_DIM, HEAD_PAD,
+                    out, lse, partial_out, partial_lse, sinks, out_stride_token, out_stride_head, tl.load(item + ROW_BEGIN),
+                    tl.load(item + ROW_COUNT), tl.load(item + Q_BEGIN), tl.load(merge + MERGE_PARTIAL_ROW), num_splits, kv_head, GROUP, NUM_KV_HEADS, HEAD_DIM, HEAD_PAD,
                 )  # fmt: skip
                 tl.store(arrivals, 0)
         ticket = tl.atomic_add(queue, 1)
