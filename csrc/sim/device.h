@@ -60,6 +60,7 @@ template <typename T, typename Change>
 T atomic(T* address, Change change, Site site, const char* what) {
   enter(site);
   check_generic(address, sizeof(T), true, what);
+  publish_global(address, sizeof(T));
   ++machine.stats.atomics;
   const T old = *address;
   const T changed = change(old);
@@ -122,7 +123,10 @@ T atomicCAS(T* address, T compare, T value, sarathi::sim::Site site = {}) {
   return old;
 }
 
-inline void __threadfence(sarathi::sim::Site site = {}) { sarathi::sim::enter(site); }
+inline void __threadfence(sarathi::sim::Site site = {}) {
+  sarathi::sim::enter(site);
+  sarathi::sim::fence_global();
+}
 inline void __threadfence_block(sarathi::sim::Site site = {}) { sarathi::sim::enter(site); }
 inline void __nanosleep(unsigned, sarathi::sim::Site site = {}) {
   sarathi::sim::enter(site);

@@ -135,6 +135,7 @@ void complete(Cta& cta, Barrier& b, int id, Thread* last) {
       fail("divergence", "lanes of warp " + std::to_string(t->warp->index) + " reach barrier " + std::to_string(id) +
                              " from different places: " + describe(f->site) + " and " + describe(t->site));
   }
+  for (Thread* t : b.arrived_threads) t->stores.move_to(cta.stores);
   if (cta.races) {
     const Knowledge knowledge = b.gathered->take(cta.races->num_agents());
     for (Thread* t : b.waiting) cta.races->acquire(*t, knowledge);
@@ -181,6 +182,7 @@ void barrier(int id, int threads, bool wait, Site site) {
 }
 
 void sync_warp(Warp& warp, uint32_t mask, void* const*) {
+  for (uint32_t rest = mask; rest != 0; rest &= rest - 1) warp.threads[__builtin_ctz(rest)].stores.move_to(warp.cta->stores);
   RaceChecker* races = warp.cta->races.get();
   if (races == nullptr) return;
   Gathered gathered;
@@ -225,6 +227,7 @@ void thread_main() {
   machine.kernel(machine.kernel_arguments);
   Thread& t = self();
   t.finished = true;
+  t.stores.move_to(t.cta->stores);
   Warp& warp = *t.warp;
   Cta& cta = *t.cta;
   warp.finished |= 1u << t.lane;
@@ -306,6 +309,7 @@ std::unique_ptr<Cta> make_cta(int64_t linear, int slot) {
 }
 
 void retire(Cta& cta) {
+  cta.stores.drain();
   for (int id = 0; id < kNamedBarriers; ++id)
     if (cta.barriers[id].arrived > 0)
       fail("deadlock", "a CTA ended with " + std::to_string(cta.barriers[id].arrived) + " of " +

@@ -6,6 +6,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "sim/cuda_language.h"
@@ -72,6 +73,23 @@ struct Warp;
 class RaceChecker;
 class Gathered;
 
+// Plain global stores (st_global) that the rest of the GPU need not see yet, by 4-byte word. Completion::kEager stores at
+// once. Otherwise a thread's stores become visible to its CTA at the next barrier, and to everybody when a thread that
+// can see them executes __threadfence or a releasing operation, or when the CTA ends.
+class WeakStores {
+ public:
+  void store(void* address, const void* value, size_t bytes);
+  void load(const void* address, void* value, size_t bytes) const;   // overwrites the bytes that are held here
+  void forget(const void* address, size_t bytes);
+  void move_to(WeakStores& other);
+  void drain();                                                      // writes them to memory
+  bool empty() const { return words_.empty(); }
+
+ private:
+  struct Word { uint32_t value = 0, mask = 0; };
+  std::unordered_map<uintptr_t, Word> words_;
+};
+
 struct PendingCopy { char* to; const char* from; uint32_t size, bytes; bool landed; };  // `bytes` are read, the rest is zeros
 
 struct Thread {
@@ -90,6 +108,7 @@ struct Thread {
   Site site{nullptr, 0};                      // the latest wrapper
   uint32_t count = 1;                         // synchronisations so far, and what it has seen of others (races.h)
   std::shared_ptr<const std::vector<uint32_t>> knowledge;
+  WeakStores stores;
   std::vector<PendingCopy> open_copies;       // cp.async since the last commit
   std::vector<std::vector<PendingCopy>> copy_groups;
 };
@@ -127,6 +146,7 @@ struct Cta {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barriers[kNamedBarriers];
+  WeakStores stores;                          // of threads that have passed a barrier since
   std::unique_ptr<RaceChecker> races;         // null when the launch does not check
   Cta();
   ~Cta();

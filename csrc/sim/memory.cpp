@@ -115,6 +115,90 @@ void GlobalMemory::check(const void* address, size_t bytes, bool write, const ch
   if (write && !b->writable) fail("out_of_bounds", std::string(what) + " writes " + b->name + ", which is registered as read-only");
 }
 
+// ---- weak stores ----
+
+void WeakStores::store(void* address, const void* value, size_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  for (size_t i = 0; i < bytes;) {
+    const uintptr_t at = begin + i, base = at & ~uintptr_t{3};
+    const size_t within = at - base, count = std::min(bytes - i, 4 - within);
+    Word& word = words_[base];
+    std::memcpy(reinterpret_cast<char*>(&word.value) + within, static_cast<const char*>(value) + i, count);
+    std::memset(reinterpret_cast<char*>(&word.mask) + within, 0xff, count);
+    i += count;
+  }
+}
+
+void WeakStores::load(const void* address, void* value, size_t bytes) const {
+  if (words_.empty()) return;
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  for (size_t i = 0; i < bytes; ++i) {
+    const uintptr_t at = begin + i;
+    const auto found = words_.find(at & ~uintptr_t{3});
+    if (found == words_.end()) continue;
+    const size_t within = at & 3;
+    if (reinterpret_cast<const unsigned char*>(&found->second.mask)[within] != 0)
+      static_cast<char*>(value)[i] = reinterpret_cast<const char*>(&found->second.value)[within];
+  }
+}
+
+void WeakStores::forget(const void* address, size_t bytes) {
+  if (words_.empty()) return;
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  for (size_t i = 0; i < bytes; ++i) {
+    const auto found = words_.find((begin + i) & ~uintptr_t{3});
+    if (found != words_.end()) reinterpret_cast<unsigned char*>(&found->second.mask)[(begin + i) & 3] = 0;
+  }
+}
+
+void WeakStores::move_to(WeakStores& other) {
+  for (const auto& [base, word] : words_)
+    for (size_t within = 0; within < 4; ++within)
+      if (reinterpret_cast<const unsigned char*>(&word.mask)[within] != 0)
+        other.store(reinterpret_cast<char*>(base) + within, reinterpret_cast<const char*>(&word.value) + within, 1);
+  words_.clear();
+}
+
+void WeakStores::drain() {
+  for (const auto& [base, word] : words_)
+    for (size_t within = 0; within < 4; ++within)
+      if (reinterpret_cast<const unsigned char*>(&word.mask)[within] != 0)
+        reinterpret_cast<char*>(base)[within] = reinterpret_cast<const char*>(&word.value)[within];
+  words_.clear();
+}
+
+void store_global(void* address, const void* value, size_t bytes) {
+  Thread& t = self();
+  const bool now = machine.config.completion == Completion::kEager || (machine.config.completion == Completion::kRandom && random_below(2) == 0);
+  if (!now) {
+    t.stores.store(address, value, bytes);
+    return;
+  }
+  t.stores.forget(address, bytes);
+  t.cta->stores.forget(address, bytes);
+  std::memcpy(address, value, bytes);
+}
+
+void load_global(const void* address, void* value, size_t bytes) {
+  std::memcpy(value, address, bytes);
+  self().cta->stores.load(address, value, bytes);
+  self().stores.load(address, value, bytes);
+}
+
+void publish_global(void* address, size_t bytes) {
+  Thread& t = self();
+  for (WeakStores* held : {&t.cta->stores, &t.stores}) {
+    if (held->empty()) continue;
+    held->load(address, address, bytes);
+    held->forget(address, bytes);
+  }
+}
+
+void fence_global() {
+  self().cta->stores.drain();
+  self().stores.drain();
+}
+
 // ---- wild accesses ----
 
 namespace {

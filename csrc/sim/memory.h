@@ -92,6 +92,13 @@ class FaultHandler {
   std::unique_ptr<char[]> stack_;
 };
 
+// st.global and ld.global through the wrappers, and what a gpu-scope fence or release does to the stores before it.
+void store_global(void* address, const void* value, size_t bytes);
+void load_global(const void* address, void* value, size_t bytes);
+void fence_global();
+// A strong operation on [address, address + bytes) comes after the calling thread's own plain stores to it.
+void publish_global(void* address, size_t bytes);
+
 // ---- addresses in the shared window ----
 
 inline uint32_t shared_address(const void* pointer) {

@@ -67,42 +67,47 @@ inline bool all(bool predicate, Site site = {}) { return __all_sync(0xffffffffu,
 template <typename T>
 inline T atomic_add(T* p, T value, Site site = {}) { return atomicAdd(p, value, site); }
 template <typename T>
-inline T atomic_add_acq_rel(T* p, T value, Site site = {}) { return atomicAdd(p, value, site); }
+inline T atomic_add_acq_rel(T* p, T value, Site site = {}) {
+  sim::fence_global();
+  return atomicAdd(p, value, site);
+}
 template <typename T>
 inline T atomic_max(T* p, T value, Site site = {}) { return atomicMax(p, value, site); }
 template <typename T>
 inline T atomic_cas(T* p, T compare, T value, Site site = {}) { return atomicCAS(p, compare, value, site); }
-inline void red_release_add(int* p, int value, Site site = {}) { atomicAdd(p, value, site); }
+inline void red_release_add(int* p, int value, Site site = {}) {
+  sim::fence_global();
+  atomicAdd(p, value, site);
+}
 
 // A thread may be waiting for the value to change: each look lets others run first.
 template <typename T>
-inline T ld_acquire(const T* p, Site site = {}) {
+inline T poll_global(const T* p, const char* what, Site site) {
   sim::enter(site);
-  sim::check_generic(p, sizeof(T), false, "ld.acquire");
-  sim::poll("ld.acquire", -1);
+  sim::check_generic(p, sizeof(T), false, what);
+  sim::poll(what, -1);
+  sim::publish_global(const_cast<T*>(p), sizeof(T));
   return *p;
 }
 template <typename T>
-inline T ld_volatile(const T* p, Site site = {}) {
+inline void store_strong(T* p, T value, const char* what, Site site) {
   sim::enter(site);
-  sim::check_generic(p, sizeof(T), false, "ld.volatile");
-  sim::poll("ld.volatile", -1);
-  return *p;
+  sim::check_generic(p, sizeof(T), true, what);
+  sim::publish_global(p, sizeof(T));
+  sim::progress();
+  *p = value;
 }
+template <typename T>
+inline T ld_acquire(const T* p, Site site = {}) { return poll_global(p, "ld.acquire", site); }
+template <typename T>
+inline T ld_volatile(const T* p, Site site = {}) { return poll_global(p, "ld.volatile", site); }
 template <typename T>
 inline void st_release(T* p, T value, Site site = {}) {
-  sim::enter(site);
-  sim::check_generic(p, sizeof(T), true, "st.release");
-  sim::progress();
-  *p = value;
+  sim::fence_global();
+  store_strong(p, value, "st.release", site);
 }
 template <typename T>
-inline void st_volatile(T* p, T value, Site site = {}) {
-  sim::enter(site);
-  sim::check_generic(p, sizeof(T), true, "st.volatile");
-  sim::progress();
-  *p = value;
-}
+inline void st_volatile(T* p, T value, Site site = {}) { store_strong(p, value, "st.volatile", site); }
 
 // Plain loads and stores of 4, 8 or 16 bytes, which the simulator can check only when they come through here.
 template <typename T>
@@ -127,13 +132,15 @@ template <typename T>
 inline T ld_global(const T* p, Site site = {}) {
   sim::enter(site);
   sim::check_generic(p, sizeof(T), false, "ld.global");
-  return *p;
+  T value;
+  sim::load_global(p, &value, sizeof(T));
+  return value;
 }
 template <typename T>
 inline void st_global(T* p, T value, Site site = {}) {
   sim::enter(site);
   sim::check_generic(p, sizeof(T), true, "st.global");
-  *p = value;
+  sim::store_global(p, &value, sizeof(T));
 }
 
 // ---- arithmetic ----
