@@ -8,7 +8,7 @@ import sarathi_kernels as sk
 from bench import cases as case_data
 from bench.common import dtype_name, measure
 from bench.machine import machine_record
-from bench.roofline import Ceilings, append_kv_work, measure_ceilings
+from bench.roofline import Ceilings, append_kv_work, ceilings_from, probes
 from bench.rows import Report, add_ratios, make_row
 from sarathi_kernels import backends
 from sarathi_kernels.backends import Problem
@@ -78,13 +78,13 @@ def _error(step: Step, backend: str, rotary: bool) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(got, want))
 
 
-def run(cases: list[Case], dtypes, *, names=None, device="cpu", seconds=1.0, min_rounds=5, ceilings: Ceilings | None = None, log=print) -> Report:
+def run(cases: list[Case], dtypes, *, names=None, device="cpu", seconds=1.0, min_rounds=5, log=print) -> Report:
     """Every case, plain and `+rope`, on our backends and torch's indexing."""
     device = torch.device(device)
     chosen = names if names is not None else [*(n for n in backends.NAMES if n != "reference"), PEER]
     absent = {name: "has no append_kv adaptor" for name in chosen if name not in (*backends.NAMES, PEER)}
-    ceilings = ceilings or measure_ceilings(device, dtypes)
-    report = Report(machine_record(device) | {"ceilings": ceilings._asdict()}, absent=absent)
+    best = Ceilings({}, 0.0)
+    report = Report(machine_record(device), absent=absent)
     for case in cases:
         for dtype in dtypes:
             steps = [Step(case, dtype, device, seed) for seed in range(2)]
@@ -107,9 +107,12 @@ def run(cases: list[Case], dtypes, *, names=None, device="cpu", seconds=1.0, min
                     calls[PEER], errors[PEER] = [step.torch(rotary) for step in steps], None
                 if not calls:
                     continue
-                timings = measure(calls, device, seconds=seconds, min_rounds=min_rounds)
+                timings = measure(calls | probes(device, dtype), device, seconds=seconds, min_rounds=min_rounds)
+                ceilings = ceilings_from(timings, device, dtype)
+                best = best.joined(ceilings)
                 work = append_kv_work(steps[0].spec, steps[0].k.shape[0], rotary=rotary)
                 rows = [make_row(SUBJECT, name, n, dtype, timings[n], work, ceilings, errors[n]) for n in calls]
                 add_ratios(rows, {PEER})
                 report.rows += rows
+    report.machine["ceilings"] = best._asdict()
     return report

@@ -11,7 +11,7 @@ from bench import cases as case_data
 from bench import peers as peer_data
 from bench.common import Timing, dtype_name, measure
 from bench.machine import machine_record
-from bench.roofline import Ceilings, attention_work, measure_ceilings
+from bench.roofline import Ceilings, attention_work, ceilings_from, probes
 from bench.rows import Report, add_ratios, make_row
 from sarathi_kernels import backends
 from sarathi_kernels.backends import Problem
@@ -83,10 +83,10 @@ def prepare(name: str, inputs: Inputs, peer: peer_data.Peer | None):
 
 
 def run_case(
-    case: Case, dtype: torch.dtype, ours: list[str], theirs: dict[str, peer_data.Peer], device: torch.device, ceilings: Ceilings, *,
+    case: Case, dtype: torch.dtype, ours: list[str], theirs: dict[str, peer_data.Peer], device: torch.device, *,
     seconds: float, min_rounds: int, mixed: bool = True,
 ) -> Report:  # fmt: skip
-    """Checks and times every competitor on one case. The report's machine record is empty."""
+    """Checks and times every competitor on one case. The report's machine record holds the ceilings of this run alone."""
     report = Report({})
     spec = case.with_dtype(dtype)
     num_sets = 2 if case_data.kv_bytes(spec, case.requests) < ROTATE_BELOW_BYTES else 1
@@ -109,7 +109,9 @@ def run_case(
             for name in ours:
                 if name in calls and name != "reference":
                     parts[f"{name} {kind}"] = [our_call(inputs, name) for inputs in part_sets]
-    timings = measure(calls | parts, device, seconds=seconds, min_rounds=min_rounds)
+    timings = measure(calls | parts | probes(device, dtype), device, seconds=seconds, min_rounds=min_rounds)
+    ceilings = ceilings_from(timings, device, dtype)
+    report.machine["ceilings"] = ceilings
     work = attention_work(spec, case.requests)
     report.rows = [make_row(SUBJECT, case.name, name, dtype, timings[name], work, ceilings, errors[name]) for name in calls]
     add_ratios(report.rows, set(theirs))
@@ -141,7 +143,7 @@ def _mixed(case: Case, name: str, dtype: torch.dtype, timings: dict[str, Timing]
 
 def run(
     cases: list[Case], dtypes: list[torch.dtype], *, names: list[str] | None = None, device: torch.device | str = "cpu",
-    seconds: float = 1.0, min_rounds: int = 5, mixed: bool = True, ceilings: Ceilings | None = None, log=print,
+    seconds: float = 1.0, min_rounds: int = 5, mixed: bool = True, log=print,
 ) -> Report:  # fmt: skip
     """Every case in every dtype. Cases that do not fit the device's memory are refused, with the sizes."""
     device = torch.device(device)
@@ -152,8 +154,8 @@ def run(
         if None not in reasons:
             absent[name] = "; ".join(sorted(reasons))
             ours.remove(name)
-    ceilings = ceilings or measure_ceilings(device, dtypes)
-    report = Report(machine_record(device) | {"ceilings": ceilings._asdict()}, absent=absent)
+    ceilings = Ceilings({}, 0.0)
+    report = Report(machine_record(device), absent=absent)
     for case in cases:
         for dtype in dtypes:
             need, free = 4 * case_data.kv_bytes(case.with_dtype(dtype), case.requests), _free_bytes(device)
@@ -162,9 +164,10 @@ def run(
                 report.refused.append({"case": case.name, "backend": "*", "dtype": dtype_name(dtype), "why": why})
                 continue
             log(f"{case.name} {dtype_name(dtype)} ...")
-            report.extend(
-                run_case(case, dtype, ours, theirs, device, ceilings, seconds=seconds, min_rounds=min_rounds, mixed=mixed)
-            )  # fmt: skip
+            one = run_case(case, dtype, ours, theirs, device, seconds=seconds, min_rounds=min_rounds, mixed=mixed)
+            ceilings = ceilings.joined(one.machine.get("ceilings", ceilings))
+            report.extend(one)
+    report.machine["ceilings"] = ceilings._asdict()
     return report
 
 

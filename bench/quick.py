@@ -9,7 +9,6 @@ import torch
 
 from bench import append_kv, attention, cases, plan, report
 from bench.machine import machine_record
-from bench.roofline import measure_ceilings
 from bench.rows import Report
 
 
@@ -18,8 +17,7 @@ def main(out: Path, minutes: float = 10.0) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtypes = [torch.bfloat16, torch.float32] if device.type == "cpu" else [torch.bfloat16]
     deadline = time.monotonic() + 60 * minutes
-    ceilings = measure_ceilings(device, dtypes)
-    common = {"device": device, "ceilings": ceilings, "seconds": 0.5, "min_rounds": 3}
+    common = {"device": device, "seconds": 0.5, "min_rounds": 3}
     named = [cases.PERFORMANCE_CASES[f"{batch}/{model}"] for model in ("smollm2", "llama8b") for batch in cases.NAMED]
     hybrid = cases.select("hybrid/llama8b") if device.type == "cuda" else []
     steps = [
@@ -31,7 +29,7 @@ def main(out: Path, minutes: float = 10.0) -> int:
     ]
     if device.type == "cpu":  # the engine step last costs the least when time runs out, but it is what people ask for
         steps.insert(8, steps.pop())
-    total = Report(machine_record(device) | {"ceilings": ceilings._asdict()})
+    total = Report(machine_record(device))
     for name, step in steps:
         if time.monotonic() > deadline:
             print(f"{minutes:g} minutes are over: {name} and what follows was left out")

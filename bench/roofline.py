@@ -11,13 +11,13 @@ The two ceilings are measured, never taken from a data sheet: the fastest round 
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import functools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from bench.common import dtype_name, measure
+from bench.common import Call, Timing, dtype_name, measure
 from sarathi_kernels.spec import AttentionSpec
 
 READ_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}
@@ -45,6 +45,11 @@ class Ceilings(NamedTuple):
             raise KeyError(f"no matmul ceiling was measured for {name}, only for {', '.join(self.matmul_tflops)}")
         return self.matmul_tflops[name]
 
+    def joined(self, other: Ceilings) -> Ceilings:
+        """The best of both, for a machine record."""
+        rates = {name: max(self.matmul_tflops.get(name, 0.0), rate) for name, rate in other.matmul_tflops.items()}
+        return Ceilings(self.matmul_tflops | rates, max(self.read_gbps, other.read_gbps))
+
 
 def attention_work(spec: AttentionSpec, requests) -> Work:
     """FLOP and unavoidable bytes of one layer's attention for `requests`, pairs (q_len, kv_len)."""
@@ -70,38 +75,39 @@ def append_kv_work(spec: AttentionSpec, num_tokens: int, *, rotary: bool) -> Wor
     return Work(0.0, float(num_tokens * row))
 
 
-def measure_ceilings(device: torch.device | str, dtypes, *, seconds: float = 1.0) -> Ceilings:
-    """Matmul rate for each dtype and read bandwidth, on `device`, with every thread torch uses."""
-    device = torch.device(device)
-    rates = {}
-    for dtype in dict.fromkeys(dtypes):
-        n = MATMUL_SIZE[device.type] // (4 if dtype == torch.float64 else 1)
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        out = torch.empty(n, n, dtype=dtype, device=device)
-        timing = measure({"mm": [lambda a=a, b=b, out=out: torch.mm(a, b, out=out)]}, device, seconds=seconds)["mm"]
-        rates[dtype_name(dtype)] = 2 * n**3 / timing.us_min / 1e6
-    return Ceilings(rates, read_bandwidth(device, seconds=seconds))
+@functools.cache
+def probes(device: torch.device, dtype: torch.dtype) -> dict[str, Sequence[Call]]:
+    """Competitors that do nothing but multiply, or nothing but read, for a run to take its ceilings from.
 
-
-def read_bandwidth(device: torch.device | str, *, seconds: float = 1.0) -> float:
-    """GB/s of the faster of the readers at hand, over a buffer far larger than any cache.
-
-    The readers: torch's sum, and on a CPU a dot product of NumPy slices, one per thread.
+    A machine in a cloud may change its memory bandwidth by half within minutes: what a case is held against must come from
+    the same interleaved rounds as its times.
     """
+    n = MATMUL_SIZE[device.type] // (4 if dtype == torch.float64 else 1)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out, buffer = torch.empty(n, n, dtype=dtype, device=device), _read_buffer(device)
+    return {
+        "ceiling matmul": [lambda: torch.mm(a, b, out=out)],
+        "ceiling sum": [lambda: buffer.sum()],
+        "ceiling max": [lambda: buffer.max()],
+    }
+
+
+@functools.cache
+def _read_buffer(device: torch.device) -> torch.Tensor:
+    return torch.ones(READ_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+
+
+def ceilings_from(timings: Mapping[str, Timing], device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """The ceilings that a run's probes saw: the fastest round of each, and the faster of the two readers."""
+    n = MATMUL_SIZE[device.type] // (4 if dtype == torch.float64 else 1)
+    read = min(timings[name].us_min for name in ("ceiling sum", "ceiling max"))
+    return Ceilings({dtype_name(dtype): 2 * n**3 / timings["ceiling matmul"].us_min / 1e6}, READ_BYTES[device.type] / read / 1e3)
+
+
+def measure_ceilings(device: torch.device | str, dtypes, *, seconds: float = 0.5) -> Ceilings:
+    """The ceilings alone, each dtype's matmul rate and the best read bandwidth seen."""
     device = torch.device(device)
-    size = READ_BYTES[device.type]
-    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
-    readers = {"sum": [lambda: buffer.sum()]}
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        parts = np.array_split(buffer.numpy(), threads)
-        # A vector against one row: each slice is read once, by one thread of its own.
-        one = np.ones(8192, dtype=np.float32)
-        tiles = [part[: len(part) // 8192 * 8192].reshape(-1, 8192) for part in parts]
-        pool = ThreadPoolExecutor(threads)
-        readers["dot"] = [lambda: list(pool.map(lambda tile: float(tile.dot(one).sum()), tiles))]
-        timings = measure(readers, device, seconds=seconds)
-        pool.shutdown()
-    else:
-        timings = measure(readers, device, seconds=seconds)
-    return size / min(t.us_min for t in timings.values()) / 1e3
+    found = Ceilings({}, 0.0)
+    for dtype in dict.fromkeys(dtypes):
+        found = found.joined(ceilings_from(measure(probes(device, dtype), device, seconds=seconds), device, dtype))
+    return found

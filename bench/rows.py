@@ -88,7 +88,10 @@ class Report:
         return cls(**data)
 
     def extend(self, other: Report) -> None:
-        """Takes over another report's results; the machine record stays."""
+        """Takes over another report's results. The machine record stays, with the better of the ceilings."""
+        mine, theirs = (r.machine.get("ceilings") for r in (self, other))
+        if isinstance(theirs, dict):
+            self.machine["ceilings"] = Ceilings(**mine).joined(Ceilings(**theirs))._asdict() if mine else theirs
         self.rows += other.rows
         self.mixed += other.mixed
         self.absent |= other.absent
