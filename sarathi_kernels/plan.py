@@ -8,7 +8,7 @@ The tables' columns are the fields of `WorkItem` and `MergeItem` in csrc/params.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,6 +55,8 @@ class AttentionPlan:
         counters: [num_merges * num_kv_heads + 4] int32, zero between calls: arrivals per merge and head, then the work queue.
         total_q: query tokens in the batch.
         max_page: largest page id in use, -1 when there is none.
+        planner: what `refill` runs, for a plan made with `limits`; else None. The tables of such a plan have room to spare:
+            only `counts` says how much of them is in use.
     """
 
     spec: AttentionSpec
@@ -71,6 +73,26 @@ class AttentionPlan:
     counters: torch.Tensor
     total_q: int
     max_page: int
+    planner: Any = None
+
+    def refill(self) -> None:
+        """Plans anew, on the device, from what `cu_seqlens_q` and `seqused_k` now hold. Only for plans made with `limits`.
+
+        Copies nothing to the host and waits for nothing, so it can be captured in a CUDA graph, before the layers that use
+        the plan. `verify` tells whether the batch kept within the limits; if not, `attention` writes NaN.
+        """
+        if self.planner is None:
+            raise ValueError("this plan was made on the host for one batch; give plan() limits to get one that can be refilled")
+        self.planner.run(self)
+
+    def verify(self) -> None:
+        """Waits for the device, and raises ValueError if the batch of the last `refill` did not fit the plan's limits."""
+        if int(self.counts[0]) < 0:
+            have = (self.work_items.shape[0], self.merge_items.shape[0], self.partial_out.shape[0])
+            raise ValueError(
+                f"the batch is beyond the plan's limits: its work does not fit {have[0]} work items, {have[1]} merge items and "
+                f"{have[2]} partial rows; query tokens per request {self.cu_seqlens_q.diff().tolist()}, keys {self.seqused_k.tolist()}"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +112,7 @@ class AttentionPlan:
 
     def cost(self) -> ItemCost:
         """Operations and bytes of each work item, from its rows and key range alone."""
-        spec, items = self.spec, self.work_items.cpu().to(torch.int64)
+        spec, items = self.spec, self.work_items[: int(self.counts[0])].cpu().to(torch.int64)
         flops = 4.0 * spec.head_dim * spec.num_kv_heads * visible_pairs(spec, items).to(torch.float64)
         keys = (items[:, KV_END] - items[:, KV_BEGIN]).to(torch.float64)
         rows = items[:, ROW_COUNT].to(torch.float64)
@@ -116,6 +138,36 @@ def visible_pairs(spec: AttentionSpec, items: torch.Tensor) -> torch.Tensor:
     if spec.window_left >= 0:
         begin = torch.maximum(begin, position - spec.window_left)
     return torch.zeros(len(items), dtype=torch.int64).index_add_(0, owner, (end - begin).clamp(min=0))
+
+
+class Limits(NamedTuple):
+    """How large the batches of a plan that is refilled on the device may get. Requests and pages: as the tables given to `plan`.
+
+    Attributes:
+        total_q: query tokens, of the whole batch.
+        kv_tokens: keys of all requests together; None is every request at the block table's full width, which may ask for
+            much scratch. Where requests share no pages, the cache's num_pages * page_size is a safe bound.
+    """
+
+    total_q: int
+    kv_tokens: int | None = None
+
+    def capacity(self, spec: AttentionSpec, config: PlanConfig, batch: int, max_kv_len: int) -> tuple[int, int, int]:
+        """(work items, merge items, partial rows) that no batch within the limits exceeds."""
+        rows = self.total_q * spec.group
+        kv_tokens = min(batch * max_kv_len, self.kv_tokens if self.kv_tokens is not None else batch * max_kv_len)
+        # A request has one decode tile, or prefill tiles of which only the last is short.
+        decode_tiles = min(batch, self.total_q)
+        prefill_tiles = rows // config.prefill_rows + min(batch, rows // (config.decode_rows + 1))
+        # A range of n keys from key 0 on crosses at most (n - 1) / split boundaries.
+        decode_merges = min(decode_tiles, kv_tokens // config.decode_split)
+        decode_splits = kv_tokens // config.decode_split + decode_merges
+        prefill_splits = -(-max_kv_len // config.prefill_split)
+        prefill_merges = prefill_tiles if prefill_splits > 1 else 0
+        decode_rows = min(config.decode_rows, rows) * decode_splits
+        prefill_rows = rows * prefill_splits if prefill_merges else 0
+        items = decode_tiles + kv_tokens // config.decode_split + prefill_tiles * max(prefill_splits, 1)
+        return items, decode_merges + prefill_merges, decode_rows + prefill_rows
 
 
 class Workspace:
@@ -150,6 +202,7 @@ def plan(
     device: torch.device | str | None = None,
     workspace: Workspace | None = None,
     config: PlanConfig | None = None,
+    limits: Limits | None = None,
 ) -> AttentionPlan:
     """Lays out one step's attention. Prefill chunks and decodes are both just rows of `cu_seqlens_q`.
 
@@ -165,6 +218,10 @@ def plan(
         workspace: buffers to use again instead of allocating.
         config: tile heights and split lengths other than the backend's own choice, for tuning and tests. Split lengths
             may be any positive number; tile heights must be ones the backend's kernels have.
+        limits: plan on the device instead of the host, with tables for any batch within these limits. The plan then keeps the
+            three tensors, and `refill` reads them again: change them in place, leave requests that are not there without
+            query tokens (a flat end of `cu_seqlens_q`), and capture `refill` and the layers in one CUDA graph. q has
+            limits.total_q rows; rows beyond cu_seqlens_q[-1] stay unwritten. Values are trusted, not checked.
 
     Returns:
         The plan, valid for every layer of this step.
@@ -188,6 +245,8 @@ def plan(
         config = backends.get(name).plan_config(spec)
     elif min(config) < 1:
         raise ValueError(f"tile heights and split lengths must be positive, got {config}")
+    if limits is not None:
+        return _plan_on_device(spec, cu_seqlens_q, seqused_k, block_table, name, config, device, workspace or Workspace(), limits)
     host = [t.cpu().contiguous() for t in (cu_seqlens_q, seqused_k)]
     table = block_table.cpu()
     if table.shape[1] > 1 and table.stride(1) != 1:
@@ -223,3 +282,39 @@ def plan(
         total_q=draft.total_q,
         max_page=draft.max_page,
     )
+
+
+def _plan_on_device(spec, cu_seqlens_q, seqused_k, block_table, name, config, device, workspace, limits) -> AttentionPlan:
+    make_planner = getattr(backends.get(name), "DevicePlanner", None)
+    if make_planner is None:
+        raise ValueError(f"backend {name!r} has no planner on the device: make its plans without limits")
+    for what, tensor in (("cu_seqlens_q", cu_seqlens_q), ("seqused_k", seqused_k), ("block_table", block_table)):
+        if tensor.device != device or (tensor.numel() > 1 and tensor.stride(-1) != 1):
+            raise ValueError(
+                f"a plan with limits reads {what} in place: it must be on {device} with innermost stride 1, "
+                f"got {tensor.device} with strides {tensor.stride()}"
+            )
+    batch, heads = seqused_k.shape[0], spec.num_kv_heads
+    items, merges, partial_rows = limits.capacity(spec, config, batch, block_table.shape[1] * spec.page_size)
+    if partial_rows >= 2**31:
+        raise ValueError(f"limits {limits} ask for {partial_rows} partial rows, more than 2^31: give kv_tokens, or larger splits")
+    tables = workspace.take("tables", (4 + 12 * items + 8 * merges,), torch.int32, device)
+    made = AttentionPlan(
+        spec=spec,
+        backend=name,
+        config=config,
+        cu_seqlens_q=cu_seqlens_q,
+        seqused_k=seqused_k,
+        block_table=block_table,
+        work_items=tables[4 : 4 + 12 * items].view(items, 12),
+        merge_items=tables[4 + 12 * items :].view(merges, 8),
+        counts=tables[:4],
+        partial_out=workspace.take("partial_out", (partial_rows, heads, spec.head_dim), torch.float32, device),
+        partial_lse=workspace.take("partial_lse", (partial_rows, heads), torch.float32, device),
+        counters=workspace.take("counters", (merges * heads + 4,), torch.int32, device, zero=True),
+        total_q=limits.total_q,
+        max_page=-1,
+    )
+    made = dataclasses.replace(made, planner=make_planner(made))
+    made.refill()
+    return made

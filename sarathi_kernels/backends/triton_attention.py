@@ -151,6 +151,19 @@ def append_kv(call: AppendKvCall) -> None:
         )  # fmt: skip
 
 
+class DevicePlanner:
+    """Plans on the device: the scratch for one AttentionPlan, and `run`."""
+
+    def __init__(self, plan):
+        from sarathi_kernels.backends import triton_planner
+
+        self._planner = triton_planner.Planner(plan)
+
+    def run(self, plan) -> None:
+        with _on(plan.device):
+            self._planner.run(plan)
+
+
 def append_constants(num_q_heads, num_kv_heads, head_dim, page_size, kv_dtype, rotary_dim, arch) -> dict[str, int]:
     """Compile-time arguments of `append_kv_kernel`."""
     half, rest = rotary_dim // 2, head_dim - rotary_dim
