@@ -127,15 +127,15 @@ void complete(Cta& cta, Barrier& b, int id, Thread* last) {
   ++machine.stats.barriers;
   progress();
   // bar.sync is a warp-wide instruction: lanes of one warp that meet in it from different places have diverged.
-  std::vector<Thread*> first(cta.warps.size(), nullptr);
-  for (Thread* t : b.arrived_threads) {
-    Thread*& f = first[t->warp->index];
-    if (f == nullptr) f = t;
-    if (f->site.line != t->site.line || f->site.file != t->site.file)
+  std::vector<const Site*> first(cta.warps.size(), nullptr);
+  for (const auto& [t, site] : b.arrivals) {
+    const Site*& f = first[t->warp->index];
+    if (f == nullptr) f = &site;
+    if (f->line != site.line || f->file != site.file)
       fail("divergence", "lanes of warp " + std::to_string(t->warp->index) + " reach barrier " + std::to_string(id) +
-                             " from different places: " + describe(f->site) + " and " + describe(t->site));
+                             " from different places: " + describe(*f) + " and " + describe(site));
   }
-  for (Thread* t : b.arrived_threads) t->stores.move_to(cta.stores);
+  for (const auto& arrival : b.arrivals) arrival.first->stores.move_to(cta.stores);
   if (cta.races) {
     const Knowledge knowledge = b.gathered->take(cta.races->num_agents());
     for (Thread* t : b.waiting) cta.races->acquire(*t, knowledge);
@@ -144,7 +144,7 @@ void complete(Cta& cta, Barrier& b, int id, Thread* last) {
   for (Thread* t : b.waiting) wake(*t);
   b.expected = b.arrived = 0;
   b.waiting.clear();
-  b.arrived_threads.clear();
+  b.arrivals.clear();
 }
 
 }  // namespace
@@ -170,7 +170,7 @@ void barrier(int id, int threads, bool wait, Site site) {
                            " threads, the first arrival expected " + std::to_string(b.expected));
   }
   ++b.arrived;
-  b.arrived_threads.push_back(&t);
+  b.arrivals.emplace_back(&t, site);
   if (cta.races) cta.races->release(t, *b.gathered);
   const int target = b.whole_cta ? cta.live_threads : b.expected;
   if (b.arrived == target) {
@@ -309,7 +309,7 @@ std::unique_ptr<Cta> make_cta(int64_t linear, int slot) {
 }
 
 void retire(Cta& cta) {
-  cta.stores.drain();
+  cta.stores.move_to(machine.stores);
   for (int id = 0; id < kNamedBarriers; ++id)
     if (cta.barriers[id].arrived > 0)
       fail("deadlock", "a CTA ended with " + std::to_string(cta.barriers[id].arrived) + " of " +
@@ -388,6 +388,7 @@ Stats run_grid(const Config& config, void (*kernel)(void*), void* arguments) {
   machine.polls_since_progress = 0;
   machine.cursor = ~size_t{0};
   machine.error = nullptr;
+  machine.stores = {};
   machine.random_state = config.seed * 0x9E3779B97F4A7C15ull + 1;
   machine.slots.clear();
   machine.slots.resize(std::min<int64_t>(num_ctas, static_cast<int64_t>(config.num_sms) * config.ctas_per_sm));
@@ -400,6 +401,7 @@ Stats run_grid(const Config& config, void (*kernel)(void*), void* arguments) {
     throw;
   }
   machine.slots.clear();
+  machine.stores.drain();
   return machine.stats;
 }
 

@@ -75,7 +75,7 @@ class Gathered;
 
 // Plain global stores (st_global) that the rest of the GPU need not see yet, by 4-byte word. Completion::kEager stores at
 // once. Otherwise a thread's stores become visible to its CTA at the next barrier, and to everybody when a thread that
-// can see them executes __threadfence or a releasing operation, or when the CTA ends.
+// can see them executes __threadfence or a releasing operation, or at the end of the launch.
 class WeakStores {
  public:
   void store(void* address, const void* value, size_t bytes);
@@ -133,7 +133,7 @@ struct Barrier {
   int arrived = 0;
   bool whole_cta = false;                     // __syncthreads: also completes when the missing threads exit
   std::vector<Thread*> waiting;
-  std::vector<Thread*> arrived_threads;
+  std::vector<std::pair<Thread*, Site>> arrivals;
   std::unique_ptr<Gathered> gathered;
 };
 
@@ -165,6 +165,7 @@ struct Machine {
   int64_t budget = 0;                         // wrapper calls until the scheduler is asked again
   int64_t polls_since_progress = 0;
   uint64_t random_state = 1;
+  WeakStores stores;                          // of CTAs that have ended
   std::unique_ptr<Error> error;
 };
 

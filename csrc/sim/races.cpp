@@ -84,15 +84,15 @@ void RaceChecker::check_writers(Thread& t, uint32_t granule, uint32_t words, con
   }
 }
 
-void RaceChecker::check_readers(Thread& t, uint32_t granule, uint32_t words) {
+void RaceChecker::check_readers(Thread& t, uint32_t granule, uint32_t words, const char* doing) {
   Granule& g = granules_[granule];
   if (g.async_readers > 0)
-    report(granule, "writes bytes that are still being read asynchronously for " + name(g.mover) + " since " + describe(g.async_site));
+    report(granule, std::string(doing) + " bytes that are still being read asynchronously for " + name(g.mover) + " since " + describe(g.async_site));
   if (!g.was_read) return;
   for (int w = 0; w < num_warps_; ++w) {
     const Read& r = reads_[granule * num_warps_ + w];
     if ((r.words & words) && r.thread != t.index && r.count > (*t.knowledge)[r.thread])
-      report(granule, "writes bytes that " + name(r.thread) + " read at " + describe(r.site) + ", and nothing orders the two");
+      report(granule, std::string(doing) + " bytes that " + name(r.thread) + " read at " + describe(r.site) + ", and nothing orders the two");
   }
 }
 
@@ -127,7 +127,7 @@ void RaceChecker::read(Thread& t, uint32_t offset, uint32_t bytes) {
 void RaceChecker::write(Thread& t, uint32_t offset, uint32_t bytes) {
   each_granule(offset, bytes, [&](uint32_t g, uint32_t words) {
     check_writers(t, g, words, "writes");
-    check_readers(t, g, words);
+    check_readers(t, g, words, "writes");
     record_write(t.index, t.count, g, words, t.site);
   });
 }
@@ -135,7 +135,7 @@ void RaceChecker::write(Thread& t, uint32_t offset, uint32_t bytes) {
 void RaceChecker::begin_copy(Thread& t, uint32_t offset, uint32_t bytes) {
   each_granule(offset, bytes, [&](uint32_t g, uint32_t words) {
     check_writers(t, g, words, "starts a copy onto");
-    check_readers(t, g, words);
+    check_readers(t, g, words, "starts a copy onto");
     granules_[g].in_flight |= words;
     granules_[g].mover = static_cast<uint16_t>(t.index);
     granules_[g].async_site = t.site;

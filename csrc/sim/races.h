@@ -71,7 +71,7 @@ class RaceChecker {
   template <typename Visit>
   void each_granule(uint32_t offset, uint32_t bytes, Visit visit);
   void check_writers(Thread& t, uint32_t granule, uint32_t words, const char* doing);
-  void check_readers(Thread& t, uint32_t granule, uint32_t words);
+  void check_readers(Thread& t, uint32_t granule, uint32_t words, const char* doing);
   void record_read(Thread& t, uint32_t granule, uint32_t words);
   void record_write(int agent, uint32_t count, uint32_t granule, uint32_t words, Site site);
   [[noreturn]] void report(uint32_t granule, const std::string& message) const;
