@@ -73,7 +73,7 @@ def competitors(names: list[str] | None, device: torch.device) -> tuple[list[str
 
 
 def prepare(name: str, inputs: Inputs, peer: peer_data.Peer | None):
-    """A competitor's call on one input set; raises Unsupported or ImportError with the reason."""
+    """A competitor's call on one input set; raises Unsupported with the reason."""
     if peer is not None:
         return peer.prepare(inputs)
     reason = backends.get(name).supports(Problem(inputs.spec, inputs.q.device))
@@ -98,8 +98,11 @@ def run_case(
             prepared = [prepare(name, inputs, theirs.get(name)) for inputs in sets]
             errors[name] = oracle.check(prepared[0]())
             calls[name] = prepared
-        except (peer_data.Unsupported, RedCheck, ImportError) as reason:
+        except (peer_data.Unsupported, RedCheck) as reason:
             report.refused.append({"case": case.name, "backend": name, "dtype": dtype_name(dtype), "why": str(reason)})
+        except Exception as error:  # whatever somebody else's library raises: reported in its place, and the others still run
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            report.refused.append({"case": case.name, "backend": name, "dtype": dtype_name(dtype), "why": why})
     if not calls:
         return report
     parts: dict[str, list] = {}
@@ -143,9 +146,13 @@ def _mixed(case: Case, name: str, dtype: torch.dtype, timings: dict[str, Timing]
 
 def run(
     cases: list[Case], dtypes: list[torch.dtype], *, names: list[str] | None = None, device: torch.device | str = "cpu",
-    seconds: float = 1.0, min_rounds: int = 5, mixed: bool = True, log=print,
+    seconds: float = 1.0, min_rounds: int = 5, mixed: bool = True, save_to: str | None = None, log=print,
 ) -> Report:  # fmt: skip
-    """Every case in every dtype. Cases that do not fit the device's memory are refused, with the sizes."""
+    """Every case in every dtype. Cases that do not fit the device's memory are refused, with the sizes.
+
+    Args:
+        save_to: written after every case, so that a run cut short leaves what it had.
+    """
     device = torch.device(device)
     ours, theirs, absent = competitors(names, device)
     # A backend that cannot run on this device at all is absent; one that refuses a single case is refused there.
@@ -166,8 +173,11 @@ def run(
             log(f"{case.name} {dtype_name(dtype)} ...")
             one = run_case(case, dtype, ours, theirs, device, seconds=seconds, min_rounds=min_rounds, mixed=mixed)
             ceilings = ceilings.joined(one.machine.get("ceilings", ceilings))
+            one.machine = {}
             report.extend(one)
-    report.machine["ceilings"] = ceilings._asdict()
+            report.machine["ceilings"] = ceilings._asdict()
+            if save_to:
+                report.save(save_to)
     return report
 
 

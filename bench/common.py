@@ -92,13 +92,13 @@ class _CpuSampler:
 
 
 class _CudaSampler:
-    MAX_SLEEP_SECONDS = 0.02
+    MAX_SLEEP_SECONDS = 0.1
+    CLOCK_HERTZ = 2e9  # no GPU clocks higher: a sleep may turn out longer than wanted, never shorter
 
     def __init__(self, device: torch.device):
         properties = torch.cuda.get_device_properties(device)
         self.device = device
         self.flush = torch.empty(max(2 * properties.L2_cache_size, 64 << 20) // 4, dtype=torch.int32, device=device)
-        self.hertz = torch.cuda.clock_rate(device) * 1e6 if hasattr(torch.cuda, "clock_rate") else 1.5e9
         self.host_seconds: dict[int, float] = {}
 
     def warm(self, call: Call) -> None:
@@ -114,7 +114,7 @@ class _CudaSampler:
         self.flush.zero_()
         # The device sleeps while the host queues the call: launches do not leave gaps between the two events.
         sleep = min(1.5 * self.host_seconds[id(call)] + 50e-6, self.MAX_SLEEP_SECONDS)
-        torch.cuda._sleep(int(sleep * self.hertz))
+        torch.cuda._sleep(int(sleep * self.CLOCK_HERTZ))
         start.record()
         call()
         end.record()

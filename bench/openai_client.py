@@ -21,7 +21,7 @@ def drive(url: str, model: str, arrivals: Sequence[Arrival], prompts: Sequence[l
     produced = _Counter()
     begin = time.perf_counter()
     threads = []
-    for i in sorted(range(len(arrivals)), key=lambda i: (arrivals[i].at is None, arrivals[i].at or arrivals[i].after_tokens)):
+    for i in sorted(range(len(arrivals)), key=lambda i: (arrivals[i].at is None, arrivals[i].after_tokens if arrivals[i].at is None else arrivals[i].at)):
         arrival = arrivals[i]
         if arrival.at is not None:
             time.sleep(max(0.0, arrival.at - (time.perf_counter() - begin)))

@@ -71,7 +71,7 @@ def replay(trace: str, count: int, *, speed: float = 1.0, limit: int | None = No
     return [Arrival((t - start) / speed, None, p, max(o, 1)) for t, p, o in rows]
 
 
-def prompts(arrivals: list[Arrival], vocab_size: int, *, seed: int = 0, first_id: int = 1000) -> list[list[int]]:
-    """Random token ids of the right lengths, distinct between requests, so that no prefix is shared by accident."""
-    rng = random.Random(seed)
+def prompts(arrivals: list[Arrival], vocab_size: int, *, seed: int = 0) -> list[list[int]]:
+    """Random token ids of the right lengths, from the upper half of the vocabulary (no control tokens); no two share a prefix."""
+    rng, first_id = random.Random(seed), vocab_size // 2
     return [[rng.randrange(first_id, vocab_size) for _ in range(a.prompt_len)] for a in arrivals]
