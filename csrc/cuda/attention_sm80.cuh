@@ -45,6 +45,7 @@ struct Tile {
   static constexpr int kSharedBytes = kPagedRowBytes + (kRingBytes > kScratchBytes ? kRingBytes : kScratchBytes);
   static_assert(kWarpsM * kWarpsN * 32 == kThreads);
   static_assert(kKeysPerWarp % 16 == 0, "PV takes keys by sixteens");
+  static_assert(kKeysPerWarp <= 64, "a row's mask is one word");
   static_assert(kThreads % kChunks == 0 && kKeys % (kThreads / kChunks) == 0 && kRows % (kThreads / kChunks) == 0);
   static_assert(kSlots >= 2 && kSlots <= 4, "page rows of two tiles are kept");
   static_assert(kPagedRowBytes % 512 == 0 && kQBytes % 512 == 0, "rows must not straddle what the swizzle flips");
@@ -79,8 +80,8 @@ constexpr int shared_bytes() {
 
 // ---- one (work item, kv head) ----
 
-// The same value, of unknown origin: what is computed from it stays where it is written, in a branch rarely taken, instead
-// of moving out of the loop and into registers that the accumulators need.
+// The same value, of unknown origin: what is computed from it stays where it is written instead of moving out of the loop
+// and into registers that the accumulators need.
 __device__ __forceinline__ int opaque(int value) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+r"(value));
@@ -116,6 +117,7 @@ struct UnitRun {
   char* const shared;
   const int kv_begin = item.kv_begin, kv_end = item.kv_end;
   const int thread = threadIdx.x, lane = threadIdx.x % 32;
+  const int load_row = threadIdx.x / Tile::kChunks, load_chunk = threadIdx.x % Tile::kChunks;  // of the first pass of a load
   const int warp_m = threadIdx.x / 32 % Tile::kWarpsM, warp_n = threadIdx.x / 32 / Tile::kWarpsM;
   const int num_tiles = ceil_div(kv_end - kv_begin, Tile::kKeys);
   const Element* const k = static_cast<const Element*>(p.k_cache) + kv_head * p.k_stride_head;
@@ -137,17 +139,30 @@ struct UnitRun {
     return locate(p.block_table + item.request * p.block_table_stride, p.page_size, key);
   }
 
+  // Page rows of a tile to come: read from the block table before a product, kept in shared memory after it, in the place
+  // of the tile two before, whose loads have all been started.
+  using FetchedRows = PagedRow[ceil_div(Tile::kKeys, kThreads)];
+  __device__ __forceinline__ void fetch(int tile, FetchedRows& rows) const {
+#pragma unroll
+    for (int i = 0; i < ceil_div(Tile::kKeys, kThreads); ++i)
+      if (thread + i * kThreads < Tile::kKeys) rows[i] = find(tile, thread + i * kThreads);
+  }
+  __device__ __forceinline__ void keep(int tile, const FetchedRows& rows) const {
+#pragma unroll
+    for (int i = 0; i < ceil_div(Tile::kKeys, kThreads); ++i)
+      if (thread + i * kThreads < Tile::kKeys) ptx::st_shared(paged_rows(tile) + thread + i * kThreads, rows[i]);
+  }
+
   __device__ __forceinline__ void load_q() const {
     const Element* q = static_cast<const Element*>(p.q);
-    const int chunk = thread % Tile::kChunks;
 #pragma unroll
     for (int pass = 0; pass < Tile::kRows / kRowsPerPass; ++pass) {
-      const int row = thread / Tile::kChunks + pass * kRowsPerPass;
+      const int row = load_row + pass * kRowsPerPass;
       const bool used = row < item.row_count;
       const RowPlace place = place_of(item.row_begin + (used ? row : 0), group);
       const Element* source = q + (item.q_begin + place.token) * p.q_stride_token +
-                              (kv_head * group + place.head_in_group) * p.q_stride_head + chunk * 8;
-      ptx::cp_async_16(q_tile() + swizzled<kHeadDim>(row, chunk), source, used ? 16 : 0);
+                              (kv_head * group + place.head_in_group) * p.q_stride_head + load_chunk * 8;
+      ptx::cp_async_16(q_tile() + swizzled<kHeadDim>(row, load_chunk), source, used ? 16 : 0);
     }
   }
 
@@ -159,14 +174,14 @@ struct UnitRun {
     const Element* base = kIsV ? v : k;
     const int64_t stride_page = kIsV ? p.v_stride_page : p.k_stride_page;
     const int64_t stride_slot = kIsV ? p.v_stride_slot : p.k_stride_slot;
-    const int chunk = thread % Tile::kChunks;
     const PagedRow* rows = paged_rows(tile);
     const uint32_t to = slot(slot_index);
+    const int first_row = opaque(load_row);
 #pragma unroll
     for (int pass = 0; pass < Tile::kKeys / kRowsPerPass; ++pass) {
-      const int row = thread / Tile::kChunks + pass * kRowsPerPass;
-      const Element* source = base + row_offset(ptx::ld_shared(&rows[row]), stride_page, stride_slot) + chunk * 8;
-      ptx::cp_async_16(to + swizzled<kHeadDim>(row, chunk), source, key_of(tile, row) < kv_end ? 16 : 0);
+      const int row = first_row + pass * kRowsPerPass;
+      const Element* source = base + row_offset(ptx::ld_shared(&rows[row]), stride_page, stride_slot) + load_chunk * 8;
+      ptx::cp_async_16(to + swizzled<kHeadDim>(row, load_chunk), source, key_of(tile, row) < kv_end ? 16 : 0);
     }
   }
 
@@ -240,16 +255,13 @@ struct UnitRun {
       // Rows past the end of the tile are computed like the last one and thrown away.
       const int row = (warp_m * Tile::kRowFrags + r / 2) * 16 + r % 2 * 8 + lane / 4;
       const int token = place_of(item.row_begin + (row < item.row_count ? row : item.row_count - 1), opaque(group)).token;
-      const KeySpan span = visible_span(p, item, token);
-      const int64_t tree = p.tree_mask ? p.tree_mask[item.q_begin + token] : -1;
+      const uint64_t tree = p.tree_mask ? tree_bits(p.tree_mask[item.q_begin + token], first_key, item.kv_len - item.q_len) : ~0ull;
+      const uint64_t seen = visible_bits(visible_span(p, item, token), tree, first_key);
 #pragma unroll
       for (int j = 0; j < Tile::kKeyFrags; ++j)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int key = first_key + j * 8 + e;
-          const bool seen = key >= span.begin && key < span.end && tree_allows(tree, key, item.kv_len - item.q_len);
-          if (!seen) scores[r / 2][j][r % 2 * 2 + e] = -INFINITY;
-        }
+        for (int e = 0; e < 2; ++e)
+          if ((seen >> (j * 8 + e) & 1) == 0) scores[r / 2][j][r % 2 * 2 + e] = -INFINITY;
     }
   }
 
@@ -274,8 +286,8 @@ struct UnitRun {
   // Joins what the warps of each row found, and the sink, and writes rows of eight elements a thread: the final output, or
   // this split's part of it.
   __device__ __forceinline__ void write() const {
-    for (int task = thread; task < item.row_count * Tile::kChunks; task += kThreads) {
-      const int row = task / Tile::kChunks, chunk = task % Tile::kChunks;
+    for (int row = load_row; row < item.row_count; row += kRowsPerPass) {
+      const int chunk = load_chunk;
       const RowPlace place = place_of(item.row_begin + row, group);
       const int head = kv_head * group + place.head_in_group;
       const bool split = item.partial_row >= 0;
@@ -312,7 +324,8 @@ struct UnitRun {
   __device__ __forceinline__ void run() const {
     // Page rows of the first two tiles; then Q with the first K, and all but one slot of the ring. Every wait below counts
     // groups, so each step commits one, empty or not.
-    for (int i = thread; i < 2 * Tile::kKeys; i += kThreads) ptx::st_shared(paged_rows(0) + i, find(i / Tile::kKeys, i % Tile::kKeys));
+#pragma unroll
+    for (int row = thread; row < 2 * Tile::kKeys; row += kThreads) ptx::st_shared(paged_rows(0) + row, find(0, row));
     __syncthreads();
     load_q();
 #pragma unroll
@@ -354,7 +367,7 @@ struct UnitRun {
     for (int tile = 0; tile < num_tiles; ++tile) {
       constexpr bool kFetchWithK = Tile::kSlots % 2 == 0;
       const int fetched_tile = tile + (Tile::kSlots + 1) / 2;
-      PagedRow fetched[Tile::kKeys > kThreads ? Tile::kKeys / kThreads : 1];
+      FetchedRows fetched;
 
       Scores scores;
       Weights weights;
@@ -404,21 +417,6 @@ struct UnitRun {
     load_step(step + Tile::kSlots - 1, ring == 0 ? Tile::kSlots - 1 : ring - 1);
     ptx::cp_async_commit();
   }
-
-  // Page rows of a tile to come: read from the block table before a product, kept in shared memory after it, in the place
-  // of the tile two before, whose loads have all been started.
-  template <int kCount>
-  __device__ __forceinline__ void fetch(int tile, PagedRow (&rows)[kCount]) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (thread + i * kThreads < Tile::kKeys) rows[i] = find(tile, thread + i * kThreads);
-  }
-  template <int kCount>
-  __device__ __forceinline__ void keep(int tile, const PagedRow (&rows)[kCount]) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (thread + i * kThreads < Tile::kKeys) ptx::st_shared(paged_rows(tile) + thread + i * kThreads, rows[i]);
-  }
 };
 
 // ---- the launch: units from the queue until there are none ----
@@ -429,8 +427,8 @@ __device__ __forceinline__ void merge_splits(const AttentionParams& p, const Mer
   constexpr int kChunks = kHeadDim / 8;
   const int group = p.num_q_heads / p.num_kv_heads;
   const int64_t split_stride = partial_index(merge.row_count, p.num_kv_heads, 0, kHeadDim);
-  for (int task = threadIdx.x; task < merge.row_count * kChunks; task += kThreads) {
-    const int row = task / kChunks, chunk = task % kChunks;
+  const int chunk = threadIdx.x % kChunks;
+  for (int row = threadIdx.x / kChunks; row < merge.row_count; row += kThreads / kChunks) {
     const RowPlace place = place_of(merge.row_begin + row, group);
     const int head = kv_head * group + place.head_in_group;
     const int64_t first = partial_index(merge.partial_row + row, p.num_kv_heads, kv_head, kHeadDim);

@@ -15,10 +15,20 @@ SARATHI_HD KeySpan visible_span(const AttentionParams& p, const WorkItem& item, 
   return span;
 }
 
-// Bit j of a token's tree mask: may it see the j-th query token of its request? Beyond 64 tokens the mask says nothing.
-SARATHI_HD bool tree_allows(int64_t tree_mask, int32_t key, int32_t first_new_key) {
-  const int32_t j = key - first_new_key;
-  return j < 0 || j > 63 || ((tree_mask >> j) & 1) != 0;
+// 64 keys from `first_key` on as a word, bit b for key first_key + b, so that a thread tests constant bits of it.
+SARATHI_HD uint64_t bits_from(int32_t n) { return n <= 0 ? ~0ull : n < 64 ? ~0ull << n : 0ull; }
+
+// What a tree mask lets a token see of them. Its bit j stands for the j-th query token of the request; it says nothing of
+// older keys, nor of tokens beyond the 64th.
+SARATHI_HD uint64_t tree_bits(int64_t tree_mask, int32_t first_key, int32_t first_new_key) {
+  const int32_t j = first_key - first_new_key;
+  if (j >= 64 || j <= -64) return ~0ull;
+  const auto mask = static_cast<uint64_t>(tree_mask);
+  return j >= 0 ? mask >> j | bits_from(64 - j) : mask << -j | ~bits_from(-j);
+}
+
+SARATHI_HD uint64_t visible_bits(KeySpan span, uint64_t tree, int32_t first_key) {
+  return bits_from(span.begin - first_key) & ~bits_from(span.end - first_key) & tree;
 }
 
 // Keys that every row of the item sees: a tile of keys inside this span needs no mask. first, last: tokens of the item's

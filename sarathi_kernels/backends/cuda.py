@@ -31,10 +31,10 @@ MERGE_PARAMS = struct.Struct("@4P q 3i 4x")
 
 
 def supports(problem: Problem) -> str | None:
-    return _lacks(problem.spec) or _machine_lacks(problem.device)
+    return spec_reason(problem.spec) or _device_reason(problem.device)
 
 
-def _lacks(spec: AttentionSpec) -> str | None:
+def spec_reason(spec: AttentionSpec) -> str | None:
     """Why the kernels cannot compute the spec, on whatever GPU."""
     if spec.dtype not in DTYPES:
         return f"dtype must be bfloat16 or float16, got {str(spec.dtype).removeprefix('torch.')}"
@@ -45,7 +45,7 @@ def _lacks(spec: AttentionSpec) -> str | None:
     return None
 
 
-def _machine_lacks(device: torch.device) -> str | None:
+def _device_reason(device: torch.device) -> str | None:
     """Why nothing can be launched on the device."""
     if _cuda is None:
         return _missing
