@@ -17,25 +17,27 @@ import build  # noqa: E402
 SCHEDULES = [(seed, completion) for seed in (1, 2, 3) for completion in ("late", "eager", "random")]
 
 
-def attention(inputs: Inputs, *, config=None, num_blocks: int = 4, out=None, **settings):
-    """(out, lse, stats) of the sm_80 kernel on CPU tensors, planned with the CUDA backend's configuration (or `config`).
-
-    settings: of the simulator: seed, completion, num_sms, ...
-    """
+def attention_call(inputs: Inputs, config=None, out=None) -> AttentionCall:
+    """What the op would hand to the backend, on CPU tensors, planned with the backend's configuration (or `config`)."""
     plan = inputs.plan("reference", config=config or cuda.plan_config(inputs.spec))
-    out = torch.full(inputs.q.shape, torch.nan, dtype=inputs.q.dtype) if out is None else out
-    lse = torch.full(inputs.q.shape[:2], torch.nan)
-    spec = inputs.spec
-    call = AttentionCall(
-        inputs.q, inputs.k_cache, inputs.v_cache, out, lse, plan.cu_seqlens_q, plan.seqused_k, plan.block_table,
+    spec, rows = inputs.spec, inputs.q.shape[:2]
+    return AttentionCall(
+        inputs.q, inputs.k_cache, inputs.v_cache,
+        torch.full(inputs.q.shape, torch.nan, dtype=inputs.q.dtype) if out is None else out, torch.full(rows, torch.nan),
+        plan.cu_seqlens_q, plan.seqused_k, plan.block_table,
         plan.work_items, plan.merge_items, plan.counts, plan.partial_out, plan.partial_lse, plan.counters,
         inputs.kwargs.get("sinks"), inputs.kwargs.get("tree_mask"), None, None,
         spec.softmax_scale, spec.softcap, spec.causal, spec.window_left,
     )  # fmt: skip
+
+
+def attention(inputs: Inputs, *, config=None, num_blocks: int = 4, out=None, **settings):
+    """(out, lse, stats) of the sm_80 kernel. settings: of the simulator: seed, completion, num_sms, ..."""
+    call = attention_call(inputs, config, out)
     written = {"out", "lse", "partial_out", "partial_lse", "counters"}
     stats = build.module("_sim").attention_sm80(cuda.attention_params(call), num_blocks, _buffers(call, written), **settings)
-    assert not plan.counters.any(), "counters must be zero after every call"
-    return out, lse, stats
+    assert not call.counters.any(), "counters must be zero after every call"
+    return call.out, call.lse, stats
 
 
 def append_kv(call: AppendKvCall, **settings) -> dict:
