@@ -2,7 +2,9 @@
 // would choose template arguments and shared memory; what is left to the caller are the grid and the simulator's settings.
 #include "sim/python.h"
 
+#include "cuda/append_kv.cuh"
 #include "cuda/attention_sm80.cuh"
+#include "cuda/merge.cuh"
 
 namespace py = pybind11;
 using namespace sarathi;
@@ -34,6 +36,27 @@ sim::Stats attention_sm80(sim::Config& config, const AttentionParams& p) {
   throw py::value_error("attention_sm80 has no head_dim " + std::to_string(p.head_dim));
 }
 
+// A kernel whose threads stride over their work: three blocks do any amount of it.
+sim::Config strided_config(int threads, const py::kwargs& settings) {
+  sim::Config config;
+  config.grid = dim3(3);
+  config.block = dim3(threads);
+  sim::configure(config, settings);
+  return config;
+}
+
+template <typename Element>
+sim::Stats append_kv(const sim::Config& config, const AppendKvParams& p) {
+  return append::wide(p) ? sim::launch(config, append::append_kv_kernel<Element, 8>, p)
+                         : sim::launch(config, append::append_kv_kernel<Element, 1>, p);
+}
+
+template <typename Element>
+sim::Stats merge_states(const sim::Config& config, const MergeParams& p) {
+  return p.head_dim % 8 == 0 ? sim::launch(config, merge::merge_kernel<Element, 8>, p)
+                             : sim::launch(config, merge::merge_kernel<Element, 1>, p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_sim, m) {
@@ -49,5 +72,17 @@ PYBIND11_MODULE(_sim, m) {
     sim::configure(config, settings);
     const sim::RegisteredBuffers registered(buffers);
     return sim::to_dict(p.dtype == DType::kBFloat16 ? attention_sm80<bfloat16>(config, p) : attention_sm80<float16>(config, p));
+  });
+  m.def("append_kv", [](const py::bytes& params, const py::iterable& buffers, const py::kwargs& settings) {
+    const auto p = unpack<AppendKvParams>(params);
+    const sim::Config config = strided_config(append::kThreads, settings);
+    const sim::RegisteredBuffers registered(buffers);
+    return sim::to_dict(p.dtype == DType::kBFloat16 ? append_kv<bfloat16>(config, p) : append_kv<float16>(config, p));
+  });
+  m.def("merge_states", [](const py::bytes& params, const py::iterable& buffers, const py::kwargs& settings) {
+    const auto p = unpack<MergeParams>(params);
+    const sim::Config config = strided_config(merge::kThreads, settings);
+    const sim::RegisteredBuffers registered(buffers);
+    return sim::to_dict(p.dtype == DType::kBFloat16 ? merge_states<bfloat16>(config, p) : merge_states<float16>(config, p));
   });
 }
