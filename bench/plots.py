@@ -127,13 +127,17 @@ def heat_map(reports: list[Report], dtype: str, model: str, path: Path) -> Path 
     ratio = np.full((len(prefills), len(decodes)), np.nan)
     for (p, d), cell in cells.items():
         ratio[prefills.index(p), decodes.index(d)] = cell["peer"] / cell["ours"]
-    figure, axes = plt.subplots(figsize=(2.6 + 1.15 * len(decodes), 2.0 + 0.5 * len(prefills)))
+    # A long peer's name takes two lines: the library and which of its kernels.
+    label = lambda name: name.replace("_", "\n", 1) if len(name) > 14 else name
+    widest = max(len(line) for cell in cells.values() for line in label(cell["peer name"]).split("\n"))
+    lines = max(label(cell["peer name"]).count("\n") for cell in cells.values())
+    figure, axes = plt.subplots(figsize=(3.0 + max(1.0, 0.085 * widest) * len(decodes), 2.0 + (0.45 + 0.15 * lines) * len(prefills)))
     limit = max(2.0, float(np.nanmax(ratio)), float(np.nanmax(1 / ratio)))
     image = axes.imshow(np.log2(ratio), cmap="RdBu", vmin=-np.log2(limit), vmax=np.log2(limit), aspect="auto")
     for (p, d), cell in cells.items():
         i, j = prefills.index(p), decodes.index(d)
         dark = abs(np.log2(ratio[i, j])) > 0.6 * np.log2(limit)
-        axes.text(j, i, f"{ratio[i, j]:.2f}x\n{cell['peer name']}", ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
+        axes.text(j, i, f"{ratio[i, j]:.2f}x\n{label(cell['peer name'])}", ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
     word = lambda d: "{} x {:,}".format(*numeric(d))
     axes.set_xticks(range(len(decodes)), [word(d) for d in decodes], fontsize=8)
     axes.set_yticks(range(len(prefills)), ["{:,} behind {:,}".format(*numeric(p)) for p in prefills], fontsize=8)
