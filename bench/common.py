@@ -18,6 +18,8 @@ Call = Callable[[], object]
 
 # Twice the largest last-level cache in sight: a competitor finds none of its inputs there.
 CPU_FLUSH_BYTES = 96 << 20
+# One that has taken this long gets no further round, whatever `min_rounds` says: an oracle in float64, say.
+PATIENCE_SECONDS = 20.0
 # Worker threads of the previous competitor's pool spin for a moment before they park; they must not eat the next one's time.
 CPU_SETTLE_SECONDS = 0.002
 
@@ -50,7 +52,7 @@ def measure(
         device: where the calls run. CPU: wall clock around the call. CUDA: device events around it, queued behind a
             sleeping kernel, so that the host's launch time does not count unless the call itself waits for the device.
         seconds: time a competitor may spend in timed calls before it drops out of further rounds.
-        min_rounds, max_rounds: bounds that win over `seconds`.
+        min_rounds, max_rounds: bounds that win over `seconds`, but not over PATIENCE_SECONDS.
 
     Returns:
         name -> Timing.
@@ -65,7 +67,7 @@ def measure(
     names = list(competitors)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for r in range(max_rounds):
-        running = [n for n in names if r < min_rounds or sum(samples[n]) < seconds * 1e6]
+        running = [n for n in names if sum(samples[n]) < 1e6 * (PATIENCE_SECONDS if r < min_rounds else seconds)]
         if not running:
             break
         shift = r % len(running)  # nobody always follows the same neighbour

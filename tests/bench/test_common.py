@@ -39,6 +39,12 @@ def test_a_slow_competitor_drops_out_and_a_fast_one_goes_on():
     assert timings["slow"].rounds < timings["fast"].rounds == 8
 
 
+def test_patience_ends_before_the_rounds_do(monkeypatch):
+    monkeypatch.setattr("bench.common.PATIENCE_SECONDS", 0.03)
+    timings = measure({"oracle": [lambda: time.sleep(0.02)], "fast": [lambda: None]}, "cpu", seconds=0.0, min_rounds=6)
+    assert timings["oracle"].rounds == 2 and timings["fast"].rounds == 6
+
+
 def test_measure_refuses_a_competitor_without_calls():
     with pytest.raises(ValueError, match="'b': 0"):
         measure({"a": [lambda: None], "b": []}, "cpu")
