@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "plan_math.h"
+
 namespace sarathi {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kFloat8E4M3 = 4 };
@@ -83,7 +85,22 @@ struct AttentionParams {
   float softcap;                // 0 = off: scores become softcap * tanh(score / softcap), before the mask
   int32_t causal;               // bottom-right aligned: row of token t sees keys [0, kv_len - q_len + t]
   int32_t window_left;          // -1 = none: and only keys >= kv_len - q_len + t - window_left
+  int32_t total_q;
   const PlanCounts* counts;     // [1] in device memory: overrules num_items, num_prefill_items, num_merges; null on the CPU
+};
+
+// The device planner: reads the requests where they are, writes the tables of a plan.
+struct PlanParams {
+  const int32_t* cu_seqlens_q;  // [batch + 1]
+  const int32_t* seqused_k;     // [batch]
+  WorkItem* work_items;         // [max_items]
+  MergeItem* merge_items;       // [max_merges]
+  PlanCounts* counts;           // [1]; num_items = -1, and nothing else written, when the tables are too small
+  int32_t* tile_begin;          // [batch + 1] scratch
+  int32_t* tiles;               // [max_items, 4] scratch
+  int64_t max_partial_rows;
+  int32_t batch, max_items, max_merges;
+  PlanConfig config;
 };
 
 // K and V of the new tokens into their pages, with optional rotary embedding of k (and of q, in place) on the way.

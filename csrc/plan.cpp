@@ -48,28 +48,6 @@ int32_t check(const PlanConfig& config, const Batch& b) {
   return max_page;
 }
 
-// 4 buckets per power of two of the key range, in units of 64 keys: fine enough for longest-processing-time-first, and
-// a counting sort over it is stable and linear (the device planner does the same).
-constexpr int kBuckets = 128;
-int bucket_of(int32_t num_keys) {
-  const uint32_t x = (static_cast<uint32_t>(num_keys) + 63) / 64 + 4;
-  const int log2 = 31 - __builtin_clz(x);
-  return 4 * log2 + static_cast<int>((x >> (log2 - 2)) & 3u);
-}
-
-struct KeyRange { int32_t begin, end; };
-
-// Union of the keys that the rows [row_begin, row_begin + row_count) of a request may see.
-KeyRange visible_keys(const PlanConfig& c, int32_t q_len, int32_t kv_len, int32_t row_begin, int32_t row_count) {
-  const int64_t shift = static_cast<int64_t>(kv_len) - q_len;
-  const int64_t first = shift + row_begin / c.group, last = shift + (row_begin + row_count - 1) / c.group;
-  int64_t end = c.causal ? std::min<int64_t>(kv_len, last + 1) : kv_len;
-  int64_t begin = c.window_left >= 0 ? std::max<int64_t>(0, first - c.window_left) : 0;
-  end = std::max<int64_t>(end, 0);
-  begin = std::min(begin, end);
-  return {static_cast<int32_t>(begin), static_cast<int32_t>(end)};
-}
-
 }  // namespace
 
 void make_plan(const PlanConfig& config, const Batch& b, Plan& plan) {
@@ -81,19 +59,16 @@ void make_plan(const PlanConfig& config, const Batch& b, Plan& plan) {
   scratch.clear();
   keys.clear();
   plan.merges.clear();
-  int32_t histogram[2 * kBuckets] = {};
+  int32_t histogram[2 * kPlanBuckets] = {};
   int32_t partial_rows = 0, num_prefill = 0;
   for (int32_t i = 0; i < b.batch; ++i) {
     const int32_t q_begin = b.cu_seqlens_q[i], q_len = b.cu_seqlens_q[i + 1] - q_begin, kv_len = b.seqused_k[i];
-    const int32_t rows = q_len * config.group;
-    const int32_t tile_class = rows > config.decode_rows ? kPrefillTile : kDecodeTile;
-    const int32_t height = tile_class == kPrefillTile ? config.prefill_rows : config.decode_rows;
-    const int32_t split = tile_class == kPrefillTile ? config.prefill_split : config.decode_split;
-    for (int32_t row = 0; row < rows; row += height) {
-      const int32_t count = std::min(height, rows - row);
+    const RequestTiles tiles = request_tiles(config, q_len);
+    const int32_t tile_class = tiles.prefill ? kPrefillTile : kDecodeTile;
+    for (int32_t row = 0; row < tiles.rows; row += tiles.height) {
+      const int32_t count = std::min(tiles.height, tiles.rows - row);
       const KeyRange keys_seen = visible_keys(config, q_len, kv_len, row, count);
-      const int32_t first = keys_seen.begin / split;
-      const int32_t num_splits = keys_seen.end > keys_seen.begin ? (keys_seen.end - 1) / split - first + 1 : 1;
+      const int32_t num_splits = num_splits_of(keys_seen, tiles.split);
       WorkItem item{i, row, count, 0, 0, q_begin, q_len, kv_len, tile_class, -1, -1, 0};
       if (num_splits > 1) {
         item.merge_index = static_cast<int32_t>(plan.merges.size());
@@ -102,20 +77,20 @@ void make_plan(const PlanConfig& config, const Batch& b, Plan& plan) {
         plan.merges.push_back({i, row, count, q_begin, q_len, kv_len, partial_rows, num_splits});
       }
       for (int32_t s = 0; s < num_splits; ++s) {
-        item.kv_begin = s == 0 ? keys_seen.begin : (first + s) * split;
-        item.kv_end = s + 1 == num_splits ? keys_seen.end : (first + s + 1) * split;
+        const KeyRange range = split_range(keys_seen, tiles.split, num_splits, s);
+        item.kv_begin = range.begin;
+        item.kv_end = range.end;
         item.split_index = s;
         if (num_splits > 1) {
           item.partial_row = partial_rows;
           partial_rows += count;
         }
-        // Prefill buckets come first, each class in descending cost.
-        const int key = (tile_class == kPrefillTile ? kBuckets : 2 * kBuckets) - 1 - bucket_of(item.kv_end - item.kv_begin);
+        const int key = sort_key(tiles.prefill, item.kv_end - item.kv_begin);
         ++histogram[key];
         keys.push_back(key);
         scratch.push_back(item);
       }
-      if (tile_class == kPrefillTile) num_prefill += num_splits;
+      if (tiles.prefill) num_prefill += num_splits;
     }
   }
 

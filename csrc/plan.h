@@ -4,21 +4,9 @@
 #include <vector>
 
 #include "params.h"
+#include "plan_math.h"
 
 namespace sarathi {
-
-// What a backend wants of its plan. Everything here depends on the backend and the model, never on the batch: that is
-// what keeps a row's bits independent of its neighbours.
-struct PlanConfig {
-  int32_t group;             // num_q_heads / num_kv_heads
-  int32_t page_size;
-  int32_t causal;
-  int32_t window_left;       // -1 = none
-  int32_t decode_rows;       // tile height of requests with at most this many packed rows
-  int32_t prefill_rows;      // tile height of all others
-  int32_t decode_split;      // keys per split, cut at absolute multiples of it
-  int32_t prefill_split;
-};
 
 struct Batch {
   const int32_t* cu_seqlens_q;  // [batch + 1]

@@ -32,3 +32,4 @@ SARATHI_API int sarathi_cuda_attention_sm80(const sarathi::AttentionParams* p, i
 // Rows (innermost head_dim) must begin at multiples of 16 bytes where head_dim is a multiple of 8; the same for merge_states.
 SARATHI_API int sarathi_cuda_append_kv(const sarathi::AppendKvParams* p, void* stream);
 SARATHI_API int sarathi_cuda_merge_states(const sarathi::MergeParams* p, void* stream);
+SARATHI_API int sarathi_cuda_plan(const sarathi::PlanParams* p, void* stream);

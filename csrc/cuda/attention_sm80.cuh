@@ -473,8 +473,24 @@ __device__ __forceinline__ Unit draw(const AttentionParams& p) {
   return {-1, 0};
 }
 
+// The device planner found its tables too small and nobody could be told: every row becomes NaN rather than stale.
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ void write_nan(const AttentionParams& p) {
+  constexpr int kChunks = kHeadDim / 8;
+  const int rows = gridDim.x * (kThreads / kChunks);
+  float nan[8];
+#pragma unroll
+  for (float& x : nan) x = NAN;
+  for (int64_t row = blockIdx.x * (kThreads / kChunks) + threadIdx.x / kChunks; row < static_cast<int64_t>(p.total_q) * p.num_q_heads; row += rows)
+    store_output<Element>(p, row / p.num_q_heads, static_cast<int>(row % p.num_q_heads), threadIdx.x % kChunks, nan, {NAN, 1.0f});
+}
+
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) attention_kernel(const __grid_constant__ AttentionParams p) {
+  if (p.counts->num_items < 0) {
+    write_nan<Element, kHeadDim>(p);
+    return;
+  }
   char* shared = ptx::dynamic_smem<char>();
   auto* board = reinterpret_cast<Unit*>(shared);
   const int group = p.num_q_heads / p.num_kv_heads;

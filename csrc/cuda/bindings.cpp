@@ -57,6 +57,10 @@ PYBIND11_MODULE(_cuda, m) {
     const auto p = unpack<AttentionParams>(params);
     check(sarathi_cuda_attention_sm80(&p, num_blocks, stream_of(stream)), "attention");
   });
+  m.def("plan", [](const py::bytes& params, uintptr_t stream) {
+    const auto p = unpack<PlanParams>(params);
+    check(sarathi_cuda_plan(&p, stream_of(stream)), "plan");
+  });
   m.def("append_kv", [](const py::bytes& params, uintptr_t stream) {
     const auto p = unpack<AppendKvParams>(params);
     check(sarathi_cuda_append_kv(&p, stream_of(stream)), "append_kv");

@@ -24,9 +24,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 CTAS_PER_SM = 2
 
-# AttentionParams, AppendKvParams and MergeParams of csrc/params.h, field by field.
-ATTENTION_PARAMS = struct.Struct("@15P 11q 9i 2f 2i P")
+# AttentionParams, AppendKvParams, PlanParams and MergeParams of csrc/params.h, field by field.
+ATTENTION_PARAMS = struct.Struct("@15P 11q 9i 2f 3i P")
 APPEND_KV_PARAMS = struct.Struct("@10P 12q 8i")
+PLAN_PARAMS = struct.Struct("@7P q 3i 8i 4x")
 MERGE_PARAMS = struct.Struct("@4P q 3i 4x")
 
 
@@ -98,7 +99,7 @@ def attention_params(call: AttentionCall) -> bytes:
         call.counters.data_ptr(), _pointer(call.sinks), _pointer(call.tree_mask), 0, 0,
         *q.stride()[:2], *out.stride()[:2], *k.stride()[:3], *v.stride()[:3], table.stride(0),
         0, 0, 0, q.shape[1], k.shape[2], q.shape[2], k.shape[1], DTYPE_CODES[q.dtype], DTYPE_CODES[k.dtype],
-        call.softmax_scale, call.softcap, call.causal, call.window_left, call.counts.data_ptr(),
+        call.softmax_scale, call.softcap, call.causal, call.window_left, q.shape[0], call.counts.data_ptr(),
     )  # fmt: skip
 
 
@@ -152,6 +153,28 @@ def merge_states(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse:
     params = merge_params(outs, lses, out, lse)
     with torch.cuda.device(outs.device):
         _cuda.merge_states(params, torch.cuda.current_stream().cuda_stream)
+
+
+class DevicePlanner:
+    """Plans on the device, in one launch: the scratch for one AttentionPlan, and `run`."""
+
+    def __init__(self, plan):
+        self._tile_begin = torch.empty(plan.seqused_k.shape[0] + 1, dtype=torch.int32, device=plan.device)
+        self._tiles = torch.empty(plan.work_items.shape[0], 4, dtype=torch.int32, device=plan.device)
+
+    def params(self, plan) -> bytes:
+        """The plan as a PlanParams of csrc/params.h."""
+        spec, config = plan.spec, plan.config
+        return PLAN_PARAMS.pack(
+            plan.cu_seqlens_q.data_ptr(), plan.seqused_k.data_ptr(), plan.work_items.data_ptr(), plan.merge_items.data_ptr(),
+            plan.counts.data_ptr(), self._tile_begin.data_ptr(), self._tiles.data_ptr(), plan.partial_out.shape[0],
+            plan.seqused_k.shape[0], plan.work_items.shape[0], plan.merge_items.shape[0],
+            spec.group, spec.page_size, spec.causal, spec.window_left, *config,
+        )  # fmt: skip
+
+    def run(self, plan) -> None:
+        with torch.cuda.device(plan.device):
+            _cuda.plan(self.params(plan), torch.cuda.current_stream().cuda_stream)
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:
