@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu, plots, report
+from bench import gpu, gpu_build, plots, report
 from bench.rows import Report, add_ratios
 
 ROOT = Path(__file__).parent.parent.parent
@@ -153,6 +153,18 @@ def test_gpu_is_named_for_the_build(monkeypatch, tmp_path):
     fake.write_text("#!/bin/sh\necho no devices\nexit 6\n")
     arch, why = gpu.find_gpu()
     assert arch is None and "no devices" in why
+
+
+def test_build_arguments(tmp_path, monkeypatch):
+    """The same variables that setup.py gives CMake: a build for one GPU, and one without CUDA."""
+    monkeypatch.setenv("SARATHI_CUTLASS", "/headers")
+    text = " ".join(gpu_build.cmake_arguments(tmp_path, nvcc="/cuda/nvcc", archs="90a"))
+    assert "-DSARATHI_CUDA=ON" in text and "-DSARATHI_CUDA_ARCHS=90a" in text and "-DSARATHI_CUTLASS=/headers" in text
+    assert "-DSARATHI_CUDA=OFF" in " ".join(gpu_build.cmake_arguments(tmp_path, nvcc=None, archs=None))
+    known = (ROOT / "setup.py").read_text() + (ROOT / "CMakeLists.txt").read_text()
+    for argument in gpu_build.cmake_arguments(tmp_path, nvcc="/cuda/nvcc", archs="90a"):
+        if argument.startswith("-DSARATHI"):
+            assert argument[2:].split("=")[0] in known, "the build knows no such variable"
 
 
 def test_cutlass_comes_out_of_a_wheel(monkeypatch, tmp_path):
