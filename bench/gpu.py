@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import re
 import shutil
@@ -198,6 +199,8 @@ def plan_steps(work: Path, arch: str | None, gpu: str) -> list[Step]:
     built = (*on_gpu, lambda: None if list((ROOT / "sarathi_kernels").glob("_native*.so")) else "the native module was not built")
     sanitizer = (*built, lambda: None if shutil.which("compute-sanitizer") else "compute-sanitizer is not on PATH")
     bench, pytest = [python, "-m", "bench"], [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
+    # Compiling Triton's kernels for every case is what takes the time: eight processes where pytest-xdist is there.
+    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     quick = ["--device", "cuda", "--seconds", "0.08", "--dtype", "bfloat16"]
     build = [python, "-m", "bench.gpu_build", "--build", str(work / "build")]
     cutlass = cutlass_environment(work) if arch else {}
@@ -205,7 +208,7 @@ def plan_steps(work: Path, arch: str | None, gpu: str) -> list[Step]:
     return [
         Step("machine", 20, [python, "-c", MACHINE], optional=True),
         Step("build", 170, [*build, "--nvcc", str(nvcc), "--archs", str(arch)], can_build, environment=cutlass),
-        Step("tests", 100, [*pytest, "tests/test_gpu.py"], built),
+        Step("tests", 100, [*pytest, "-v", *parallel, "tests/test_gpu.py"], built),
         Step("micro", 40, [python, "-m", "bench.gpu_micro", "--json", str(work / "micro.json")], built),
         Step("attention", 110, [*bench, "attention", "--cases", cases, *quick, "--json", str(work / "attention.json")], built),
         Step("memcheck", 60, ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *pytest, "tests/test_gpu.py", "-k", "cuda and small"], sanitizer),
