@@ -5,6 +5,7 @@
 #include "cuda/append_kv.cuh"
 #include "cuda/attention_sm80.cuh"
 #include "cuda/merge.cuh"
+#include "cuda/plan.cuh"
 
 namespace py = pybind11;
 using namespace sarathi;
@@ -84,5 +85,15 @@ PYBIND11_MODULE(_sim, m) {
     const sim::Config config = strided_config(merge::kThreads, settings);
     const sim::RegisteredBuffers registered(buffers);
     return sim::to_dict(p.dtype == DType::kBFloat16 ? merge_states<bfloat16>(config, p) : merge_states<float16>(config, p));
+  });
+  m.def("plan", [](const py::bytes& params, const py::iterable& buffers, const py::kwargs& settings) {
+    const auto p = unpack<PlanParams>(params);
+    sim::Config config;
+    config.grid = dim3(1);
+    config.block = dim3(planner::kThreads);
+    config.smem_bytes = sizeof(planner::Shared);
+    sim::configure(config, settings);
+    const sim::RegisteredBuffers registered(buffers);
+    return sim::to_dict(sim::launch(config, planner::plan_kernel, p));
   });
 }

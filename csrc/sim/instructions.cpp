@@ -9,15 +9,6 @@ namespace {
 
 constexpr uint32_t kFullMask = 0xffffffffu;
 
-// Writes the bytes. When that happens is up to the simulator; the copy is under way until the thread has waited for it.
-void land(PendingCopy& copy) {
-  if (copy.landed) return;
-  copy.landed = true;
-  std::memcpy(copy.to, copy.from, copy.bytes);
-  std::memset(copy.to + copy.bytes, 0, copy.size - copy.bytes);
-  machine.stats.global_to_shared_bytes += copy.bytes;
-}
-
 // In random mode each copy that is still on its way lands now with probability 1/2.
 void land_some(std::vector<PendingCopy>& copies) {
   for (PendingCopy& copy : copies)
@@ -33,6 +24,24 @@ void finish(Thread& t, std::vector<PendingCopy>& copies) {
 }
 
 }  // namespace
+
+// When that happens is up to the simulator; the copy is under way until the thread has waited for it.
+void land(PendingCopy& copy) {
+  if (copy.landed) return;
+  copy.landed = true;
+  std::memcpy(copy.to, copy.from, copy.bytes);
+  std::memset(copy.to + copy.bytes, 0, copy.size - copy.bytes);
+  machine.stats.global_to_shared_bytes += copy.bytes;
+}
+
+std::vector<PendingCopy> take_copies(Thread& t) {
+  std::vector<PendingCopy> all;
+  for (const auto& group : t.copy_groups) all.insert(all.end(), group.begin(), group.end());
+  all.insert(all.end(), t.open_copies.begin(), t.open_copies.end());
+  t.copy_groups.clear();
+  t.open_copies.clear();
+  return all;
+}
 
 void cp_async(uint32_t shared, const void* from, uint32_t size, uint32_t bytes, Site site) {
   enter(site);

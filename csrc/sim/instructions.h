@@ -9,6 +9,8 @@ namespace sarathi::sim {
 // cp.async: `size` bytes to shared memory, of which `bytes` come from `from` and the rest are zeros.
 void cp_async(uint32_t shared, const void* from, uint32_t size, uint32_t bytes, Site site);
 void cp_async_commit(Site site);
+void land(PendingCopy& copy);                        // writes the bytes, once
+std::vector<PendingCopy> take_copies(Thread& t);     // all that it has under way: it no longer waits for them
 void cp_async_wait(int pending_groups, Site site);   // -1: everything, also what was not committed
 
 // ldmatrix.sync.aligned.m8n8.x{count}[.trans].b16: lane l receives in r[i] two neighbours of row l/4 of matrix i

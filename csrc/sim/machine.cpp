@@ -4,12 +4,15 @@
 #include <climits>
 #include <map>
 
+#include "sim/hopper.h"
 #include "sim/memory.h"
 #include "sim/races.h"
 
 namespace sarathi::sim {
 
 Machine machine;
+Machine::Machine() = default;
+Machine::~Machine() = default;
 
 Cta::Cta() {
   for (Barrier& b : barriers) b.gathered = std::make_unique<Gathered>();
@@ -303,12 +306,14 @@ std::unique_ptr<Cta> make_cta(int64_t linear, int slot) {
     // Tops of stacks are a multiple of the page size apart: staggered, so that 32 lanes do not fight for one cache set.
     t.fiber.prepare(t.stack, StackPool::kBytes - 192 * (i % 61), thread_main);
   }
+  if (c.arch >= 90) cta->hopper = std::make_unique<Hopper>(*cta);
   if (c.check_races) cta->races = std::make_unique<RaceChecker>(*cta, c.smem_bytes);
   ++machine.stats.ctas;
   return cta;
 }
 
 void retire(Cta& cta) {
+  check_retired(cta);
   cta.stores.move_to(machine.stores);
   for (int id = 0; id < kNamedBarriers; ++id)
     if (cta.barriers[id].arrived > 0)
@@ -351,6 +356,8 @@ void run_warp(Warp& warp) {
   machine.running = nullptr;
 }
 
+constexpr int64_t kPatience = 64;  // polls in a row
+
 void run_all(int64_t num_ctas) {
   int64_t next = 0;
   int64_t live = 0;
@@ -360,7 +367,11 @@ void run_all(int64_t num_ctas) {
       ++live;
     }
   while (live > 0) {
+    // Work that is under way by itself lands now and then, when threads only poll, and when nothing else can move.
+    if (machine.config.completion == Completion::kRandom && random_below(4) == 0) complete_async();
+    if (machine.polls_since_progress > kPatience) complete_async();
     Warp* warp = choose_warp();
+    if (warp == nullptr && complete_async()) continue;
     if (warp == nullptr) fail("deadlock", "no thread can run\n" + report_waiting());
     Cta* cta = warp->cta;
     run_warp(*warp);
@@ -389,6 +400,7 @@ Stats run_grid(const Config& config, void (*kernel)(void*), void* arguments) {
   machine.cursor = ~size_t{0};
   machine.error = nullptr;
   machine.stores = {};
+  machine.async_ops.clear();
   machine.random_state = config.seed * 0x9E3779B97F4A7C15ull + 1;
   machine.slots.clear();
   machine.slots.resize(std::min<int64_t>(num_ctas, static_cast<int64_t>(config.num_sms) * config.ctas_per_sm));

@@ -25,6 +25,7 @@ struct Config {
   int arch = 80;                              // decides the limits: 80, 86, 89, 90
   int num_sms = 4;
   int ctas_per_sm = 2;                        // CTAs alive at once = num_sms * ctas_per_sm, in index order
+  int registers_per_thread = 0;               // for setmaxnreg; 0: an equal share of the SM's 64 Ki
   bool check_global = true;                   // wrappers may touch registered buffers only (memory.h)
   bool check_races = true;                    // happens-before over shared memory (races.h)
   int64_t livelock_polls = 2000000;           // polls in a row without any progress of anybody before giving up
@@ -72,6 +73,8 @@ struct Cta;
 struct Warp;
 class RaceChecker;
 class Gathered;
+struct Hopper;
+struct AsyncOp;
 
 // Plain global stores (st_global) that the rest of the GPU need not see yet, by 4-byte word. Completion::kEager stores at
 // once. Otherwise a thread's stores become visible to its CTA at the next barrier, and to everybody when a thread that
@@ -148,6 +151,7 @@ struct Cta {
   Barrier barriers[kNamedBarriers];
   WeakStores stores;                          // of threads that have passed a barrier since
   std::unique_ptr<RaceChecker> races;         // null when the launch does not check
+  std::unique_ptr<Hopper> hopper;             // null before sm_90
   Cta();
   ~Cta();
 };
@@ -166,7 +170,10 @@ struct Machine {
   int64_t polls_since_progress = 0;
   uint64_t random_state = 1;
   WeakStores stores;                          // of CTAs that have ended
+  std::vector<AsyncOp> async_ops;             // under way by themselves (hopper.h), oldest first
   std::unique_ptr<Error> error;
+  Machine();
+  ~Machine();
 };
 
 extern Machine machine;

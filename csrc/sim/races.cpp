@@ -32,7 +32,8 @@ RaceChecker::RaceChecker(Cta& cta, size_t smem_bytes)
       num_threads_(static_cast<int>(cta.threads.size())),
       num_warps_(static_cast<int>(cta.warps.size())),
       granules_((smem_bytes + kGranule - 1) / kGranule),
-      reads_(granules_.size() * num_warps_) {
+      reads_(granules_.size() * num_warps_),
+      proxies_(machine.config.arch >= 90) {
   const auto nothing = std::make_shared<const std::vector<uint32_t>>(num_agents());
   for (Thread& t : cta.threads) t.knowledge = nothing;
 }
@@ -115,6 +116,35 @@ void RaceChecker::record_write(int agent, uint32_t count, uint32_t granule, uint
       g.count[w] = count;
     }
   g.write_site = site;
+  if (!proxies_) return;
+  if (agent >= num_threads_) {
+    g.unfenced &= ~words;
+  } else {
+    if (g.unfenced == 0) unfenced_.push_back(granule);
+    g.unfenced |= words;
+  }
+}
+
+void RaceChecker::fence_proxy(Thread& t) {
+  size_t kept = 0;
+  for (const uint32_t granule : unfenced_) {
+    Granule& g = granules_[granule];
+    for (int w = 0; w < 4; ++w) {
+      const int writer = g.writer[w];
+      if ((g.unfenced >> w & 1) && (writer == t.index || g.count[w] <= (*t.knowledge)[writer])) g.unfenced &= ~(1u << w);
+    }
+    if (g.unfenced != 0) unfenced_[kept++] = granule;
+  }
+  unfenced_.resize(kept);
+}
+
+void RaceChecker::check_fenced(Thread&, uint32_t offset, uint32_t bytes, const char* doing) {
+  each_granule(offset, bytes, [&](uint32_t granule, uint32_t words) {
+    const Granule& g = granules_[granule];
+    for (int w = 0; w < 4; ++w)
+      if (g.unfenced & words & 1u << w)
+        report(granule, std::string(doing) + " that " + name(g.writer[w]) + " wrote at " + describe(g.write_site) + ", without a fence.proxy.async in between");
+  });
 }
 
 void RaceChecker::read(Thread& t, uint32_t offset, uint32_t bytes) {
@@ -152,6 +182,7 @@ void RaceChecker::finish_copy(int agent, uint32_t count, uint32_t offset, uint32
 void RaceChecker::begin_async_read(Thread& t, uint32_t offset, uint32_t bytes) {
   each_granule(offset, bytes, [&](uint32_t g, uint32_t words) {
     check_writers(t, g, words, "starts an asynchronous read of");
+    check_fenced(t, g * kGranule, kGranule, "reads asynchronously bytes");
     ++granules_[g].async_readers;
     granules_[g].mover = static_cast<uint16_t>(t.index);
     granules_[g].async_site = t.site;

@@ -49,6 +49,11 @@ class RaceChecker {
   void begin_async_read(Thread& t, uint32_t offset, uint32_t bytes);
   void finish_async_read(Thread& t, uint32_t offset, uint32_t bytes);
 
+  // Shared memory has two proxies. What a thread wrote (or cp.async for it) reaches TMA and wgmma only after a
+  // fence.proxy.async by the writer, or by somebody ordered after it.
+  void fence_proxy(Thread& t);
+  void check_fenced(Thread& t, uint32_t offset, uint32_t bytes, const char* doing);
+
   // Releases what `t` knows and did into `to`; what it does from now on is not part of it.
   void release(Thread& t, Gathered& to);
   void acquire(Thread& t, const Knowledge& knowledge);
@@ -60,7 +65,8 @@ class RaceChecker {
     uint32_t count[4] = {};                     // of the writer of each 4-byte word, when it wrote
     uint16_t writer[4] = {kNobody, kNobody, kNobody, kNobody};
     uint8_t in_flight = 0;                      // words that a copy is on its way to, one bit each
-    uint8_t async_readers = 0;                  // unfinished asynchronous reads of any of its words
+    uint8_t unfenced = 0;                       // words written through the generic proxy, one bit each
+    uint16_t async_readers = 0;                 // unfinished asynchronous reads of any of its words
     bool one_writer = true;                     // all four words have the writer and count of word 0
     bool was_read = false;                      // since the last write
     uint16_t mover = kNobody;                   // thread that started the latest copy or asynchronous read
@@ -81,6 +87,8 @@ class RaceChecker {
   int num_threads_, num_warps_;
   std::vector<Granule> granules_;
   std::vector<Read> reads_;                     // [granule][warp]: its latest read
+  bool proxies_;                                // sm_90
+  std::vector<uint32_t> unfenced_;              // granules that may have unfenced words
 };
 
 }  // namespace sarathi::sim
