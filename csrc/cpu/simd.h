@@ -88,6 +88,25 @@ SARATHI_INLINE F where_greater(F a, F b, F yes, F no) { return _mm512_mask_blend
 SARATHI_INLINE bool any_different(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ) != 0; }
 SARATHI_INLINE float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 SARATHI_INLINE float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+// to[r * stride + j] = sum of the lanes of x[j][r], for 4 j: a transposition whose steps add.
+template <int R>
+SARATHI_INLINE void reduce_rows(const F (&x)[4][R], float* to, int stride) {
+  F u[R];  // in each 128-bit quarter, four partial sums, of x[0][r] to x[3][r]
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const F ab = add(_mm512_unpacklo_ps(x[0][r], x[1][r]), _mm512_unpackhi_ps(x[0][r], x[1][r]));
+    const F cd = add(_mm512_unpacklo_ps(x[2][r], x[3][r]), _mm512_unpackhi_ps(x[2][r], x[3][r]));
+    u[r] = add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r += 2) {
+    const F a = u[r], b = u[r + 1 < R ? r + 1 : r];
+    const F half = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));  // a: quarters 0, 1; b: 2, 3
+    const F whole = add(half, _mm512_shuffle_f32x4(half, half, 0xb1));
+    _mm_storeu_ps(to + r * stride, _mm512_castps512_ps128(whole));
+    if (r + 1 < R) _mm_storeu_ps(to + (r + 1) * stride, _mm512_extractf32x4_ps(whole, 2));
+  }
+}
 // x where lo <= key < hi, else -inf; lo and hi: [kLanes].
 SARATHI_INLINE F mask_range(F x, int32_t key, const int32_t* lo, const int32_t* hi) {
   const __m512i k = _mm512_set1_epi32(key);
@@ -231,6 +250,19 @@ template <class T> SARATHI_INLINE void store_as(T* p, F x) { for (int i = 0; i <
 SARATHI_INLINE void store_as(float* p, F x) { store(p, x); }
 
 #endif  // ---------------------------------------------------------------------------------------------------------------
+
+#if !defined(__AVX512F__)
+template <int N, int R>
+SARATHI_INLINE void reduce_rows(const F (&x)[N][R], float* to, int stride) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) to[r * stride + j] = reduce_add(x[j][r]);
+}
+#endif
+
+// A hint: the cache line at p will be read soon; brought to the second cache level, which holds two key blocks.
+SARATHI_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // 2^x for x <= 127; exactly 0 where x <= kExp2Low (so for -inf).
 SARATHI_INLINE F exp2(F x) {

@@ -37,6 +37,59 @@ struct StreamScratch {
   }
 };
 
+// One block of keys: rows of kv head 0.
+template <class KV>
+struct StreamBlock {
+  const KV *k[kStreamKeys], *v[kStreamKeys];
+  int32_t count = 0;
+
+  SARATHI_INLINE void find(const PagedRows<KV>& keys, const PagedRows<KV>& values, int32_t first, int32_t end) {
+    count = min_of(kStreamKeys, end - first);
+    keys.find(first, count, 0, k);
+    values.find(first, count, 0, v);
+    for (int32_t j = count; j < round_up(count, kKeysAtOnce); ++j) k[j] = k[count - 1], v[j] = v[count - 1];  // masked in softmax_row
+  }
+};
+
+// Prefetches a block's cache lines in the order in which they lie in memory, key by key, through all the heads, one line of K and
+// one of V at a time: requests that come in a burst wait for each other, and the loads behind them wait too.
+template <class KV>
+struct Prefetcher {
+  const StreamBlock<KV>* block;
+  const char *k_line = nullptr, *v_line = nullptr;
+  int64_t k_stride, v_stride;   // bytes between runs of one key: kv heads, or none where all the heads are one run
+  int32_t run_lines, runs;      // cache lines per run, runs per key
+  int64_t k_first, v_first;     // bytes to the first head
+  int32_t line = 0, run = 0, key = 0;
+
+  SARATHI_INLINE Prefetcher(const AttentionParams& p, int32_t head_begin, int32_t heads)
+      : block(nullptr), k_stride(p.k_stride_head * sizeof(KV)), v_stride(p.v_stride_head * sizeof(KV)) {
+    const bool one_run = p.k_stride_head == p.head_dim && p.v_stride_head == p.head_dim;
+    run_lines = static_cast<int32_t>((p.head_dim * sizeof(KV) * (one_run ? heads : 1) + 63) / 64);
+    runs = one_run ? 1 : heads;
+    k_first = head_begin * k_stride, v_first = head_begin * v_stride;
+  }
+  SARATHI_INLINE void start(const StreamBlock<KV>* next) {
+    block = next, line = run = key = 0;
+    aim();
+  }
+  SARATHI_INLINE void aim() {
+    if (key >= block->count) { k_line = nullptr; return; }
+    k_line = reinterpret_cast<const char*>(block->k[key]) + k_first + run * k_stride;
+    v_line = reinterpret_cast<const char*>(block->v[key]) + v_first + run * v_stride;
+  }
+  SARATHI_INLINE void step() {
+    if (!k_line) return;
+    prefetch(k_line), prefetch(v_line);
+    k_line += 64, v_line += 64;
+    if (++line == run_lines) {
+      line = 0;
+      if (++run == runs) run = 0, ++key;
+      aim();
+    }
+  }
+};
+
 // One vector of products: C::kDepth * kLanes elements of a row.
 template <class C, class KV>
 SARATHI_INLINE typename C::Vector load_row(const KV* row) {
@@ -46,7 +99,7 @@ SARATHI_INLINE typename C::Vector load_row(const KV* row) {
 
 // s[row][key] for R rows and kKeysAtOnce keys; q: [rows][head_dim] in the compute type's elements.
 template <class C, class KV, class Q, int R>
-SARATHI_INLINE void dot_rows(const Q* q, const KV* const* k, int32_t head_dim, float* s) {
+SARATHI_INLINE void dot_rows(const Q* q, const KV* const* k, int64_t k_head, int32_t head_dim, float* s, Prefetcher<KV>& ahead) {
   F acc[kKeysAtOnce][R];
 #pragma GCC unroll 4
   for (int j = 0; j < kKeysAtOnce; ++j)
@@ -55,11 +108,12 @@ SARATHI_INLINE void dot_rows(const Q* q, const KV* const* k, int32_t head_dim, f
   constexpr int step = C::kDepth * kLanes;
   const KV* row[kKeysAtOnce];
 #pragma GCC unroll 4
-  for (int j = 0; j < kKeysAtOnce; ++j) row[j] = k[j];
+  for (int j = 0; j < kKeysAtOnce; ++j) row[j] = k[j] + k_head;
   for (int32_t d = 0; d < head_dim; d += step) {
     typename C::Vector x[kKeysAtOnce];
 #pragma GCC unroll 4
     for (int j = 0; j < kKeysAtOnce; ++j) x[j] = load_row<C>(row[j] + d);
+    ahead.step(), ahead.step();
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const typename C::Vector y = C::load_operands(reinterpret_cast<const uint32_t*>(q + r * head_dim + d));
@@ -67,15 +121,13 @@ SARATHI_INLINE void dot_rows(const Q* q, const KV* const* k, int32_t head_dim, f
       for (int j = 0; j < kKeysAtOnce; ++j) acc[j][r] = C::dot(acc[j][r], x[j], y);
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < kKeysAtOnce; ++j) s[r * kStreamKeys + j] = reduce_add(acc[j][r]);
+  reduce_rows(acc, s, kStreamKeys);
 }
 
 // o[row][d ..] += p * v for R rows and V vectors of dims.
 template <class C, class KV, int R, int V>
-SARATHI_INLINE void add_values(const KV* const* v, int32_t keys, int32_t d, int32_t head_dim, const float* s, const uint16_t* p, float* o) {
+SARATHI_INLINE void add_values(const KV* const* v, int64_t v_head, int32_t keys, int32_t d, int32_t head_dim, const float* s, const uint16_t* p, float* o,
+                               Prefetcher<KV>& ahead) {
   F acc[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -83,9 +135,10 @@ SARATHI_INLINE void add_values(const KV* const* v, int32_t keys, int32_t d, int3
     for (int i = 0; i < V; ++i) acc[r][i] = load(o + r * head_dim + d + i * kLanes);
   for (int32_t j = 0; j < keys; j += C::kDepth) {
     typename C::Vector x[V];
+    ahead.step(), ahead.step();
     if constexpr (C::kDepth == 1) {
 #pragma GCC unroll 4
-      for (int i = 0; i < V; ++i) x[i] = load_as(v[j] + d + i * kLanes);
+      for (int i = 0; i < V; ++i) x[i] = load_as(v[j] + v_head + d + i * kLanes);
     } else {
 #if defined(__AVX512BF16__)
       const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
@@ -93,7 +146,8 @@ SARATHI_INLINE void add_values(const KV* const* v, int32_t keys, int32_t d, int3
       const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
 #pragma GCC unroll 4
       for (int i = 0; i < V; i += 2) {
-        const __m512i a = _mm512_loadu_si512(v[j] + d + i * kLanes), b = _mm512_loadu_si512(v[j + 1] + d + i * kLanes);
+        const __m512i a = _mm512_loadu_si512(v[j] + v_head + d + i * kLanes);
+        const __m512i b = _mm512_loadu_si512(v[j + 1] + v_head + d + i * kLanes);
         x[i] = _mm512_permutex2var_epi16(a, low, b);
         x[i + 1] = _mm512_permutex2var_epi16(a, high, b);
       }
@@ -114,12 +168,13 @@ SARATHI_INLINE void add_values(const KV* const* v, int32_t keys, int32_t d, int3
 }
 
 template <class C, class KV, int R>
-void add_values(const KV* const* v, int32_t keys, int32_t head_dim, const float* s, const uint16_t* p, float* o) {
+void add_values(const KV* const* v, int64_t v_head, int32_t keys, int32_t head_dim, const float* s, const uint16_t* p, float* o,
+                               Prefetcher<KV>& ahead) {
   int32_t d = 0;
-  for (; d + kDimVectors * kLanes <= head_dim; d += kDimVectors * kLanes) add_values<C, KV, R, kDimVectors>(v, keys, d, head_dim, s, p, o);
+  for (; d + kDimVectors * kLanes <= head_dim; d += kDimVectors * kLanes) add_values<C, KV, R, kDimVectors>(v, v_head, keys, d, head_dim, s, p, o, ahead);
   constexpr int rest = C::kDepth;  // vectors that one step of K and V makes
   if constexpr (rest < kDimVectors)
-    for (; d < head_dim; d += rest * kLanes) add_values<C, KV, R, rest>(v, keys, d, head_dim, s, p, o);
+    for (; d < head_dim; d += rest * kLanes) add_values<C, KV, R, rest>(v, v_head, keys, d, head_dim, s, p, o, ahead);
 }
 
 // One row's online softmax over one block: s becomes p; o, m, l follow.
@@ -191,14 +246,24 @@ void visit_stream(const AttentionParams& p, const WorkItem& item, int32_t head_b
       t.m[at] = -kInfinity, t.l[at] = 0.0f;
     }
 
+  // While one block is computed, head by head, the next is prefetched in the order of its memory: pages lie anywhere, and no
+  // hardware prefetcher follows a block table.
   const PagedRows<KV> k_rows = keys_of<KV>(p, item), v_rows = values_of<KV>(p, item);
+  StreamBlock<KV> blocks[2];
+  StreamBlock<KV>*block = &blocks[0], *next = &blocks[1];
+  Prefetcher<KV> ahead(p, head_begin, heads);
+  if (item.kv_begin < item.kv_end) {
+    next->find(k_rows, v_rows, item.kv_begin, item.kv_end);
+  }
   for (int32_t first = item.kv_begin; first < item.kv_end; first += kStreamKeys) {
-    const int32_t count = min_of(kStreamKeys, item.kv_end - first);
+    StreamBlock<KV>* const swap = block;
+    block = next, next = swap;
+    next->count = 0;
+    if (first + kStreamKeys < item.kv_end) next->find(k_rows, v_rows, first + kStreamKeys, item.kv_end);
+    ahead.start(next);
+    const int32_t count = block->count;
     for (int32_t h = 0; h < heads; ++h) {
-      const KV *k[kStreamKeys], *v[kStreamKeys];
-      k_rows.find(first, count, head_begin + h, k);
-      v_rows.find(first, count, head_begin + h, v);
-      for (int32_t j = count; j < round_up(count, kKeysAtOnce); ++j) k[j] = k[count - 1], v[j] = v[count - 1];  // masked below
+      const int64_t k_head = (head_begin + h) * p.k_stride_head, v_head = (head_begin + h) * p.v_stride_head;
       alignas(64) float k_scale[kStreamKeys], v_scale[kStreamKeys];
       BlockScale scale{p.softmax_scale * kLog2E, p.softcap, nullptr, nullptr};
       if constexpr (sizeof(KV) == 1) {
@@ -213,10 +278,10 @@ void visit_stream(const AttentionParams& p, const WorkItem& item, int32_t head_b
         const Q* q = reinterpret_cast<const Q*>(t.q) + static_cast<int64_t>(at) * dim;
         float* o = t.o + static_cast<int64_t>(at) * dim;
         for (int32_t j = 0; j < count; j += kKeysAtOnce) {
-          if (n == 4) dot_rows<C, KV, Q, 4>(q, k + j, dim, t.s + j);
-          else if (n == 3) dot_rows<C, KV, Q, 3>(q, k + j, dim, t.s + j);
-          else if (n == 2) dot_rows<C, KV, Q, 2>(q, k + j, dim, t.s + j);
-          else dot_rows<C, KV, Q, 1>(q, k + j, dim, t.s + j);
+          if (n == 4) dot_rows<C, KV, Q, 4>(q, block->k + j, k_head, dim, t.s + j, ahead);
+          else if (n == 3) dot_rows<C, KV, Q, 3>(q, block->k + j, k_head, dim, t.s + j, ahead);
+          else if (n == 2) dot_rows<C, KV, Q, 2>(q, block->k + j, k_head, dim, t.s + j, ahead);
+          else dot_rows<C, KV, Q, 1>(q, block->k + j, k_head, dim, t.s + j, ahead);
         }
         for (int32_t r = 0; r < n; ++r) {
           float* s = t.s + r * kStreamKeys;
@@ -224,10 +289,10 @@ void visit_stream(const AttentionParams& p, const WorkItem& item, int32_t head_b
           softmax_row(s, t.p + r * kStreamKeys, first, masks[r0 + r], scale, C::kDepth == 2, dim, t.m[at + r], t.l[at + r], o + r * dim);
         }
         const int32_t used = round_up(count, C::kDepth);
-        if (n == 4) add_values<C, KV, 4>(v, used, dim, t.s, t.p, o);
-        else if (n == 3) add_values<C, KV, 3>(v, used, dim, t.s, t.p, o);
-        else if (n == 2) add_values<C, KV, 2>(v, used, dim, t.s, t.p, o);
-        else add_values<C, KV, 1>(v, used, dim, t.s, t.p, o);
+        if (n == 4) add_values<C, KV, 4>(block->v, v_head, used, dim, t.s, t.p, o, ahead);
+        else if (n == 3) add_values<C, KV, 3>(block->v, v_head, used, dim, t.s, t.p, o, ahead);
+        else if (n == 2) add_values<C, KV, 2>(block->v, v_head, used, dim, t.s, t.p, o, ahead);
+        else add_values<C, KV, 1>(block->v, v_head, used, dim, t.s, t.p, o, ahead);
       }
     }
   }
