@@ -93,7 +93,7 @@ struct AttentionParams {
 struct PlanParams {
   const int32_t* cu_seqlens_q;  // [batch + 1]
   const int32_t* seqused_k;     // [batch]
-  WorkItem* work_items;         // [max_items]
+  WorkItem* work_items;         // [max_items]; this and all below at multiples of 16 bytes
   MergeItem* merge_items;       // [max_merges]
   PlanCounts* counts;           // [1]; num_items = -1, and nothing else written, when the tables are too small
   int32_t* tile_begin;          // [batch + 1] scratch

@@ -120,8 +120,6 @@ struct UnitRun {
   const int load_row = threadIdx.x / Tile::kChunks, load_chunk = threadIdx.x % Tile::kChunks;  // of the first pass of a load
   const int warp_m = threadIdx.x / 32 % Tile::kWarpsM, warp_n = threadIdx.x / 32 / Tile::kWarpsM;
   const int num_tiles = ceil_div(kv_end - kv_begin, Tile::kKeys);
-  const Element* const k = static_cast<const Element*>(p.k_cache) + kv_head * p.k_stride_head;
-  const Element* const v = static_cast<const Element*>(p.v_cache) + kv_head * p.v_stride_head;
 
   __device__ __forceinline__ PagedRow* paged_rows(int tile) const {
     return reinterpret_cast<PagedRow*>(shared) + tile % 2 * Tile::kKeys;
@@ -171,7 +169,7 @@ struct UnitRun {
   template <bool kIsV>
   __device__ __forceinline__ void load_tile(int tile, int slot_index) const {
     if (tile >= num_tiles) return;
-    const Element* base = kIsV ? v : k;
+    const Element* base = static_cast<const Element*>(kIsV ? p.v_cache : p.k_cache) + opaque(kv_head) * (kIsV ? p.v_stride_head : p.k_stride_head);
     const int64_t stride_page = kIsV ? p.v_stride_page : p.k_stride_page;
     const int64_t stride_slot = kIsV ? p.v_stride_slot : p.k_stride_slot;
     const PagedRow* rows = paged_rows(tile);

@@ -7,6 +7,8 @@
 // The counting sort must be stable, so places are handed out in item order: block of threads by block, in it warp by warp,
 // in the warp lane by lane. Values are trusted, as nothing can be raised here.
 #pragma once
+#include <cstring>
+
 #include "ptx.cuh"
 #include "work.cuh"
 
@@ -18,8 +20,9 @@ constexpr int kKeys = 2 * kPlanBuckets;
 
 struct Shared {
   int64_t warp_sums[3][kWarps];
-  int32_t next[kKeys];                // histogram of the keys, then where the next item of each goes
-  int32_t warp_first[kWarps][kKeys];  // items of a key in this block of a warp, then where the warp's first goes
+  int32_t histogram[kKeys];           // items of each sort key
+  int32_t warp_count[kWarps][kKeys];  // of the items that a warp places now, those of each key
+  int32_t warp_first[kWarps][kKeys];  // where the first of them goes
 };
 
 // One tile of query rows.
@@ -42,6 +45,16 @@ SARATHI_HD TileOf tile_of(const PlanParams& p, int32_t request, int32_t index_in
 
 // A row of the scratch table `tiles`: what the item pass needs to know of a tile beyond its requests' lengths.
 struct alignas(16) TileRow { int32_t request, first_item, merge_index, partial_row; };
+
+// Rows of the tables are written 16 bytes at a time; they all begin at multiples of 16 bytes.
+template <typename Row>
+__device__ __forceinline__ void store_row(Row* to, const Row& row) {
+  static_assert(sizeof(Row) % 16 == 0);
+  int4 words[sizeof(Row) / 16];
+  memcpy(words, &row, sizeof row);
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(Row) / 16; ++i) ptx::st_global(reinterpret_cast<int4*>(to) + i, words[i]);
+}
 
 // The last i in [0, n) with begin(i) <= x; begin(0) <= x.
 template <typename Begin>
@@ -115,33 +128,31 @@ __device__ __forceinline__ Triple lay_out_tiles(const PlanParams& p, Shared& sha
       // All splits but the first and the last are of full length.
       for (int s = 0; s < t.num_splits && s < 2; ++s) {
         const KeyRange range = split_range(t.keys, t.split, t.num_splits, s == 0 ? 0 : t.num_splits - 1);
-        ptx::atomic_add(&shared.next[sort_key(t.prefill, range.end - range.begin)], 1);
+        ptx::atomic_add(&shared.histogram[sort_key(t.prefill, range.end - range.begin)], 1);
       }
-      if (t.num_splits > 2) ptx::atomic_add(&shared.next[sort_key(t.prefill, t.split)], t.num_splits - 2);
+      if (t.num_splits > 2) ptx::atomic_add(&shared.histogram[sort_key(t.prefill, t.split)], t.num_splits - 2);
     }
     const Triple before = exclusive_sums(shared, own, total);
     if (own.x[1] && before.x[1] < p.max_merges)
-      ptx::st_global(p.merge_items + before.x[1], MergeItem{t.request, t.row_begin, t.row_count, t.q_begin, t.q_len, t.kv_len,
+      store_row(p.merge_items + before.x[1], MergeItem{t.request, t.row_begin, t.row_count, t.q_begin, t.q_len, t.kv_len,
                                                             static_cast<int32_t>(before.x[2]), t.num_splits});
     if (index < num_tiles && index < p.max_items)
-      ptx::st_global(reinterpret_cast<TileRow*>(p.tiles) + index,
-                     TileRow{t.request, static_cast<int32_t>(before.x[0]), own.x[1] ? static_cast<int32_t>(before.x[1]) : -1,
+      store_row(reinterpret_cast<TileRow*>(p.tiles) + index,
+                TileRow{t.request, static_cast<int32_t>(before.x[0]), own.x[1] ? static_cast<int32_t>(before.x[1]) : -1,
                              own.x[1] ? static_cast<int32_t>(before.x[2]) : -1});
   }
   __syncthreads();
   return total;
 }
 
-// The histogram becomes where each key's first item goes. Returns the number of prefill items, whose keys come first.
-__device__ __forceinline__ int32_t offsets_of_keys(Shared& shared) {
+// Thread k learns where the first item of key k goes. Returns the number of prefill items, whose keys come first.
+__device__ __forceinline__ int32_t offsets_of_keys(Shared& shared, int32_t& first_place) {
   static_assert(kKeys <= kThreads);
   const int key = threadIdx.x;
   Triple own{}, total{};
-  if (key < kKeys) own.x[0] = ptx::ld_shared(&shared.next[key]);
+  if (key < kKeys) own.x[0] = ptx::ld_shared(&shared.histogram[key]);
   if (key < kPlanBuckets) own.x[1] = own.x[0];
-  const Triple before = exclusive_sums(shared, own, total);
-  if (key < kKeys) ptx::st_shared(&shared.next[key], static_cast<int32_t>(before.x[0]));
-  __syncthreads();
+  first_place = static_cast<int32_t>(exclusive_sums(shared, own, total).x[0]);
   return static_cast<int32_t>(total.x[1]);
 }
 
@@ -155,11 +166,13 @@ __device__ __forceinline__ uint32_t lanes_with_key(int32_t key, bool has_item) {
   return has_item ? lanes : 0;
 }
 
-__device__ __forceinline__ void place_items(const PlanParams& p, Shared& shared, int32_t num_items, int32_t num_tiles) {
+// next_place: thread k's, where the next item of key k goes.
+__device__ __forceinline__ void place_items(const PlanParams& p, Shared& shared, int32_t num_items, int32_t num_tiles, int32_t next_place) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const auto* tiles = reinterpret_cast<const TileRow*>(p.tiles);
   for (int32_t start = 0; start < num_items; start += kThreads) {
-    for (int i = threadIdx.x; i < kWarps * kKeys; i += kThreads) ptx::st_shared(&shared.warp_first[0][0] + i, 0);
+    // Clearing the counts is safe: all have passed the barrier behind their last use.
+    for (int i = threadIdx.x; i < kWarps * kKeys; i += kThreads) ptx::st_shared(&shared.warp_count[0][0] + i, 0);
     __syncthreads();
     const int32_t index = start + static_cast<int32_t>(threadIdx.x);
     const bool has_item = index < num_items;
@@ -176,34 +189,30 @@ __device__ __forceinline__ void place_items(const PlanParams& p, Shared& shared,
       key = sort_key(t.prefill, range.end - range.begin);
     }
     const uint32_t peers = lanes_with_key(key, has_item), below = peers & ((1u << lane) - 1);
-    if (has_item && below == 0) ptx::st_shared(&shared.warp_first[warp][key], __popc(peers));
+    if (has_item && below == 0) ptx::st_shared(&shared.warp_count[warp][key], __popc(peers));
     __syncthreads();
-    for (int k = threadIdx.x; k < kKeys; k += kThreads) {
-      int32_t first = ptx::ld_shared(&shared.next[k]);
+    if (threadIdx.x < kKeys)
       for (int w = 0; w < kWarps; ++w) {
-        const int32_t n = ptx::ld_shared(&shared.warp_first[w][k]);
-        ptx::st_shared(&shared.warp_first[w][k], first);
-        first += n;
+        ptx::st_shared(&shared.warp_first[w][threadIdx.x], next_place);
+        next_place += ptx::ld_shared(&shared.warp_count[w][threadIdx.x]);
       }
-      ptx::st_shared(&shared.next[k], first);
-    }
     __syncthreads();
-    if (has_item) ptx::st_global(p.work_items + ptx::ld_shared(&shared.warp_first[warp][key]) + __popc(below), item);
-    __syncthreads();  // the table is cleared for the next block
+    if (has_item) store_row(p.work_items + ptx::ld_shared(&shared.warp_first[warp][key]) + __popc(below), item);
   }
 }
 
 __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ PlanParams p) {
   auto& shared = *ptx::dynamic_smem<Shared>();
-  for (int k = threadIdx.x; k < kKeys; k += kThreads) ptx::st_shared(&shared.next[k], 0);
+  for (int k = threadIdx.x; k < kKeys; k += kThreads) ptx::st_shared(&shared.histogram[k], 0);
   __syncthreads();
   const int32_t num_tiles = count_tiles(p, shared);
   const Triple total = lay_out_tiles(p, shared, num_tiles);
   const bool fits = total.x[0] <= p.max_items && total.x[1] <= p.max_merges && total.x[2] <= p.max_partial_rows;
-  const int32_t num_prefill = offsets_of_keys(shared);
-  if (fits) place_items(p, shared, static_cast<int32_t>(total.x[0]), num_tiles);
+  int32_t first_place;
+  const int32_t num_prefill = offsets_of_keys(shared, first_place);
+  if (fits) place_items(p, shared, static_cast<int32_t>(total.x[0]), num_tiles, first_place);
   if (threadIdx.x == 0)
-    ptx::st_global(p.counts, fits ? PlanCounts{static_cast<int32_t>(total.x[0]), num_prefill, static_cast<int32_t>(total.x[1]),
+    store_row(p.counts, fits ? PlanCounts{static_cast<int32_t>(total.x[0]), num_prefill, static_cast<int32_t>(total.x[1]),
                                                static_cast<int32_t>(total.x[2])}
                                   : PlanCounts{-1, 0, 0, 0});
 }
