@@ -4,16 +4,12 @@ The expected values are computed here, from the PTX manual's fragment layouts, b
 """
 
 import ctypes
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 from sim import build
 
-ROOT = build.ROOT
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 LANES = np.arange(32)
 
 
@@ -25,14 +21,9 @@ def simulator():
 @pytest.fixture(scope="module")
 def gpu_library(tmp_path_factory):
     """The kernels compiled by nvcc. Building it needs no GPU."""
-    if NVCC is None:
+    if build.nvcc() is None:
         pytest.skip("there is no nvcc")
-    file = tmp_path_factory.mktemp("gpu") / "gpu_tests.so"
-    source = ROOT / "tests" / "sim" / "gpu_tests.cu"
-    command = [NVCC, "-std=c++17", "-O2", "-arch=sm_80", "-shared", "-Xcompiler=-fPIC", "-cudart=static"]
-    done = subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(source), "-o", str(file)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(file))
+    return build.gpu_library("gpu_tests.cu", "sm_80", tmp_path_factory.mktemp("gpu"))
 
 
 def test_kernels_compile_with_nvcc(gpu_library):
@@ -52,18 +43,10 @@ def run(request):
         return on_simulator
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    library = request.getfixturevalue("gpu_library")
+    function = request.getfixturevalue("gpu_library").sarathi_gpu_test
 
     def on_gpu(name, inputs, out, n=(), grid=1, block=32, smem_bytes=0):
-        inputs = [np.ascontiguousarray(x) for x in inputs]
-        pointers = (ctypes.c_void_p * 3)(*(x.ctypes.data for x in inputs))
-        sizes = (ctypes.c_size_t * 3)(*(x.nbytes for x in inputs))
-        ints = (ctypes.c_int * 4)(*n)
-        out_pointer, out_bytes = ctypes.c_void_p(out.ctypes.data), ctypes.c_size_t(out.nbytes)
-        error = library.sarathi_gpu_test(
-            name.encode(), pointers, sizes, len(inputs), out_pointer, out_bytes, ints, grid, block, ctypes.c_size_t(smem_bytes)
-        )
-        assert error == 0
+        build.call_gpu(function, name, inputs, out, n, grid, block, ctypes.c_size_t(smem_bytes))
         return out
 
     return on_gpu

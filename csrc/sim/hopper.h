@@ -65,7 +65,7 @@ struct Hopper {
   std::map<int, std::vector<std::shared_ptr<BulkStore>>> open_stores;         // by thread
   std::map<int, std::deque<std::vector<std::shared_ptr<BulkStore>>>> store_groups;
   std::vector<int> registers;                 // by warp: per thread
-  int free_registers = 0;                     // of the CTA's share, in units of one per thread of a warp
+  int free_registers = 0;                     // given back by setmaxnreg.dec, in units of one per thread of a warp
 };
 void check_retired(Cta& cta);                 // nothing may be under way when a CTA ends
 

@@ -28,11 +28,11 @@ bool complete_async() {
 }
 
 Hopper::Hopper(Cta& cta) : wgmma(cta.warps.size()), wgmma_log((cta.warps.size() + 3) / 4), registers(cta.warps.size()) {
-  // What ptxas would give each thread when __launch_bounds__ names the block: an equal share, by eights, 255 at most.
+  // What ptxas would give each thread when __launch_bounds__ names the block: an equal share, by eights, 255 at most. The
+  // pool from which setmaxnreg takes holds only what others of the CTA gave back.
   const int warps = static_cast<int>(cta.warps.size()), share = 65536 / kWarpSize / warps;
   const int each = machine.config.registers_per_thread > 0 ? machine.config.registers_per_thread : std::min(255, share / 8 * 8);
   for (int& r : registers) r = each;
-  free_registers = 65536 / kWarpSize / machine.config.ctas_per_sm - each * warps;
 }
 
 void check_retired(Cta& cta) {
@@ -187,7 +187,7 @@ void complete_tx(Cta& cta, Mbarrier& b, int64_t bytes) {
 Mbarrier& mbarrier_for_copy(uint32_t bar) {
   Mbarrier& b = find(bar, "bulk copy's mbarrier");
   Thread& t = self();
-  if (t.cta->races) t.cta->races->check_fenced(t, bar - kSharedBase, 8, "a bulk copy uses the mbarrier");
+  if (t.cta->races) t.cta->races->check_fenced(t, bar - kSharedBase, 8, "starts a bulk copy on an mbarrier");
   return b;
 }
 

@@ -33,6 +33,7 @@ inline void configure(Config& config, const py::kwargs& settings) {
     else if (name == "arch") config.arch = value.cast<int>();
     else if (name == "num_sms") config.num_sms = value.cast<int>();
     else if (name == "ctas_per_sm") config.ctas_per_sm = value.cast<int>();
+    else if (name == "registers_per_thread") config.registers_per_thread = value.cast<int>();
     else if (name == "check_global") config.check_global = value.cast<bool>();
     else if (name == "check_races") config.check_races = value.cast<bool>();
     else if (name == "livelock_polls") config.livelock_polls = value.cast<int64_t>();

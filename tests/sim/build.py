@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -16,6 +17,7 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pybind11
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +53,40 @@ def module(name: str) -> ModuleType:
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler, if there is one."""
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def gpu_library(source: str, arch: str, folder: Path) -> ctypes.CDLL:
+    """A .cu file of this folder compiled for `arch` ("sm_80") into `folder` and loaded. Needs nvcc, but no GPU.
+
+    Raises:
+        RuntimeError: it does not compile; the message is the compiler's.
+    """
+    number = arch.removeprefix("sm_")
+    file = folder / f"{Path(source).stem}.so"
+    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'sim'}"]
+    flags = ["-std=c++17", "-O2", f"-gencode=arch=compute_{number},code=sm_{number}", "-shared", "-Xcompiler=-fPIC", "-cudart=static"]
+    _run([nvcc(), *flags, *include, str(ROOT / "tests" / "sim" / source), "-o", str(file)])
+    return ctypes.CDLL(str(file))
+
+
+def call_gpu(function, name: str, inputs: list[np.ndarray], out: np.ndarray, n, *rest) -> None:
+    """Calls a test function of a gpu_library: numpy arrays in, `out` overwritten; `rest` are its further arguments.
+
+    Raises:
+        RuntimeError: it returned an error code.
+    """
+    inputs = [np.ascontiguousarray(x) for x in inputs]
+    pointers = (ctypes.c_void_p * 3)(*(x.ctypes.data for x in inputs))
+    sizes = (ctypes.c_size_t * 3)(*(x.nbytes for x in inputs))
+    out_arguments = ctypes.c_void_p(out.ctypes.data), ctypes.c_size_t(out.nbytes)
+    error = function(name.encode(), pointers, sizes, len(inputs), *out_arguments, (ctypes.c_int * 4)(*n), *rest)
+    if error != 0:
+        raise RuntimeError(f"{name} on the GPU returned {error}")
 
 
 def _run(command: list[str]) -> None:

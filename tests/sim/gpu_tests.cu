@@ -29,8 +29,8 @@ extern "C" int sarathi_gpu_test(const char* name, const void* const* inputs, con
   args.out = copy_in(out, out_bytes);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
   kernel<<<grid, block, smem_bytes>>>(args);
-  cudaGetLastError() == cudaSuccess ? cudaDeviceSynchronize() : cudaSuccess;
+  const cudaError_t error = cudaDeviceSynchronize();
   cudaMemcpy(out, args.out, out_bytes, cudaMemcpyDeviceToHost);
   for (void* device : held) cudaFree(device);
-  return cudaGetLastError();
+  return error != cudaSuccess ? error : cudaGetLastError();
 }
