@@ -33,6 +33,8 @@ def supports(problem: Problem) -> str | None:
         return "triton is not installed"
     if spec.dtype not in DTYPES:
         return f"dtype must be float32, bfloat16 or float16, not {str(spec.dtype).removeprefix('torch.')}"
+    if spec.quantized_kv and spec.dtype == torch.float32:
+        return "a quantized cache wants 16-bit queries: float32 tiles of converted keys do not fit the registers"
     if spec.head_dim > MAX_HEAD_DIM:
         return f"head_dim must be at most {MAX_HEAD_DIM}, not {spec.head_dim}"
     if device.type == "cuda":
@@ -94,6 +96,16 @@ def as_bytes(cache: torch.Tensor) -> torch.Tensor:
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
+def _check_strides(call: AttentionCall, rows: int) -> None:
+    """Offsets within a tile or a page are 32 bits wide in the kernel; those of tokens and pages are 64."""
+    for name, tensor, steps in (("q", call.q, rows), ("out", call.out, rows), ("k_cache", call.k_cache, 1), ("v_cache", call.v_cache, 1)):
+        reach = steps * tensor.stride(0) if name in ("q", "out") else tensor.shape[1] * tensor.stride(1)
+        reach += tensor.shape[-2] * tensor.stride(-2)
+        if reach >= 2**31:
+            what = "a tile's" if name in ("q", "out") else "a page's"
+            raise ValueError(f"{name}'s strides {tensor.stride()} spread {what} rows over {reach} elements; the Triton backend can reach 2^31 - 1")
+
+
 def attention(call: AttentionCall) -> None:
     from sarathi_kernels.backends import triton_hybrid as kernels
 
@@ -102,6 +114,7 @@ def attention(call: AttentionCall) -> None:
     spec = _spec_of(call)
     arch = _arch(call.q.device)
     tiles = config.tiles(spec, arch)
+    _check_strides(call, tiles.prefill_rows)
     queue = call.counters[call.merge_items.shape[0] * spec.num_kv_heads :]
     programs = min(_num_sms(call.q.device) * tiles.programs_per_sm, call.work_items.shape[0] * spec.num_kv_heads)
     with _on(call.q.device):
@@ -112,7 +125,7 @@ def attention(call: AttentionCall) -> None:
             *call.q.stride()[:2], *call.out.stride()[:2], *call.k_cache.stride()[:3], *call.v_cache.stride()[:3],
             call.block_table.stride(0), call.q.shape[0], call.softmax_scale, call.softcap, call.window_left,
             **kernel_constants(spec, arch, call.causal, call.window_left >= 0, call.softcap > 0),
-            num_warps=tiles.num_warps,
+            num_warps=tiles.num_warps, maxnreg=tiles.max_registers,
         )  # fmt: skip
 
 

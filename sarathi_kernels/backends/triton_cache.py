@@ -22,7 +22,7 @@ def round_to_even(x):
 @triton.jit
 def float_to_fp8_e4m3(x):
     """e4m3 bytes of float32 values, rounded to nearest even and saturated; NaN stays NaN."""
-    magnitude = tl.minimum(tl.abs(x), 448.0)
+    magnitude = tl.where(x == x, tl.minimum(tl.abs(x), 448.0), 0.0)
     bits = magnitude.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
     # Below 2^-6 the steps are of 2^-9; rounding up to 8 of them gives the smallest normal number's code.

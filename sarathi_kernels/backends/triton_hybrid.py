@@ -39,8 +39,8 @@ def visit_of_ticket(ticket, prefill_visits, decode_visits):
     Two cursors, one over the prefill items and one over the decode items, both functions of the ticket: one atomic moves both.
     """
     prefills = prefill_cursor(ticket, prefill_visits, decode_visits)
-    is_prefill = prefill_cursor(ticket + 1, prefill_visits, decode_visits) > prefills
-    return tl.where(is_prefill, prefills, prefill_visits + ticket - prefills), is_prefill
+    prefill_tile = prefill_cursor(ticket + 1, prefill_visits, decode_visits) > prefills
+    return tl.where(prefill_tile, prefills, prefill_visits + ticket - prefills), prefill_tile
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def tile_mask(rows, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr):
 @triton.jit
 def load_kv(
     cache, page, slot, exists, stride_page, stride_slot, dtype: tl.constexpr, MASKED: tl.constexpr, KV: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """A block of keys or values, [KEYS, HEAD_PAD] in `dtype`. Slots that are not the request's are not read: they may hold NaN."""
     d = tl.arange(0, HEAD_PAD)
@@ -109,7 +109,7 @@ def load_kv(
         tile = tile.to(tl.float8e4nv, bitcast=True)
     elif KV == KV_FP8_BITS:
         tile = fp8_e4m3_to_float16(tile)
-    if KV == KV_INT8:
+    if KV == KV_INT8 and INTERPRET:
         tile = tile.to(tl.float32)  # the interpreter has no conversion from int8 to bfloat16
     return tile.to(dtype)
 
@@ -225,7 +225,7 @@ def attend(
             else:
                 start = (first + lead + i) * KEYS
             page, slot, exists = locate(pages, start, kv_begin, kv_end, masked, PAGE_SIZE, KEYS)
-            k_tile = load_kv(k_cache, page, slot, exists, k_stride_page, k_stride_slot, dtype, masked, KV, HEAD_DIM, HEAD_PAD)
+            k_tile = load_kv(k_cache, page, slot, exists, k_stride_page, k_stride_slot, dtype, masked, KV, HEAD_DIM, HEAD_PAD, INTERPRET)
             s = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32), INTERPRET) * scale
             if KV == KV_INT8:
                 s *= load_token_scale(k_scale, page, slot, exists, kv_head, PAGE_SIZE, NUM_KV_HEADS)[None, :]
@@ -250,7 +250,7 @@ def attend(
             shrink = tl.exp2(m - m_safe)
             l = l * shrink + tl.sum(p, 1)
             m = m_new
-            v_tile = load_kv(v_cache, page, slot, exists, v_stride_page, v_stride_slot, dtype, masked, KV, HEAD_DIM, HEAD_PAD)
+            v_tile = load_kv(v_cache, page, slot, exists, v_stride_page, v_stride_slot, dtype, masked, KV, HEAD_DIM, HEAD_PAD, INTERPRET)
             if KV == KV_INT8:
                 p *= load_token_scale(v_scale, page, slot, exists, kv_head, PAGE_SIZE, NUM_KV_HEADS)[None, :]
             acc = dot(p.to(dtype), v_tile, acc * shrink[:, None], INTERPRET)
@@ -334,24 +334,26 @@ def attention_kernel(
     num_items = tl.load(counts)
     if num_items < 0:  # the planner found more work than its tables hold: no row may pass for a result
         d = tl.arange(0, HEAD_PAD)
-        for i in range(tl.program_id(0), total_q * GROUP * NUM_KV_HEADS, tl.num_programs(0)):
-            at = (i // (GROUP * NUM_KV_HEADS)).to(tl.int64) * out_stride_token + (i % (GROUP * NUM_KV_HEADS)) * out_stride_head
-            nan = tl.full([HEAD_PAD], float("nan"), tl.float32)
+        nan = tl.full([HEAD_PAD], float("nan"), tl.float32)
+        i = tl.program_id(0).to(tl.int64)
+        while i < total_q * (GROUP * NUM_KV_HEADS):
+            at = (i // (GROUP * NUM_KV_HEADS)) * out_stride_token + (i % (GROUP * NUM_KV_HEADS)) * out_stride_head
             tl.store(out + at + d, nan.to(out.dtype.element_ty), mask=d < HEAD_DIM)
             if lse is not None:
                 tl.store(lse + i, float("nan"))
+            i += tl.num_programs(0)
     prefill_visits = tl.load(counts + 1) * NUM_KV_HEADS
     visits = num_items * NUM_KV_HEADS
     ticket = tl.atomic_add(queue, 1)
     while ticket < visits:
-        visit, is_prefill = visit_of_ticket(ticket, prefill_visits, visits - prefill_visits)
+        visit, prefill_tile = visit_of_ticket(ticket, prefill_visits, visits - prefill_visits)
         item = work_items + (visit // NUM_KV_HEADS) * ITEM_WIDTH
         kv_head = visit % NUM_KV_HEADS
         request = tl.load(item + REQUEST).to(tl.int64)
         pages = block_table + request * block_table_stride
         k_head = k_cache + kv_head.to(tl.int64) * k_stride_head
         v_head = v_cache + kv_head.to(tl.int64) * v_stride_head
-        if is_prefill:
+        if prefill_tile:
             attend(
                 q, k_head, v_head, out, lse, pages, partial_out, partial_lse, sinks, tree_mask, k_scale, v_scale,
                 q_stride_token, q_stride_head, out_stride_token, out_stride_head, k_stride_page, k_stride_slot, v_stride_page,

@@ -18,7 +18,7 @@ from sarathi_kernels.backends.triton_hybrid import ITEM_WIDTH, MERGE_WIDTH
 # Must be those of csrc/plan.cpp: buckets per tile class of the counting sort.
 BUCKETS = tl.constexpr(128)
 KEYS = tl.constexpr(256)
-LANES = tl.constexpr(1024)
+LANES = tl.constexpr(512)
 ITEMS = tl.constexpr(128)
 # Histograms that plan_offsets takes in one step.
 STRIP = tl.constexpr(16)
@@ -164,8 +164,8 @@ def plan_items(
         row_begin = (t - tl.load(tile_begin + i, mask=ok, other=0)) * height
         row_count = tl.minimum(height, rows - row_begin)
         kv_begin, kv_end = visible_keys(q_len, kv_len, row_begin, row_count, window_left, GROUP, CAUSAL, WINDOW)
-        is_prefill = (rows > DECODE_ROWS).to(tl.int32)
-        split = tl.where(is_prefill == 1, PREFILL_SPLIT, DECODE_SPLIT)
+        prefill_tile = (rows > DECODE_ROWS).to(tl.int32)
+        split = tl.where(prefill_tile == 1, PREFILL_SPLIT, DECODE_SPLIT)
         # 64 bits: the end of the last, open range may lie beyond 2^31.
         split_end = (kv_begin // split + s + 1).to(tl.int64) * split
         partial = tl.load(tile + TILE_PARTIAL, mask=ok, other=0) + s * row_count
@@ -182,15 +182,15 @@ def plan_items(
         tl.store(row + 5, q_begin, mask=ok)
         tl.store(row + 6, q_len, mask=ok)
         tl.store(row + 7, kv_len, mask=ok)
-        tl.store(row + 8, is_prefill, mask=ok)
+        tl.store(row + 8, prefill_tile, mask=ok)
         tl.store(row + 9, tl.where(merge >= 0, partial, -1), mask=ok)
         tl.store(row + 10, merge, mask=ok)
         tl.store(row + 11, s, mask=ok)
-        key = (2 - is_prefill) * BUCKETS - 1 - bucket_of(kv_end - kv_begin)
+        key = (2 - prefill_tile) * BUCKETS - 1 - bucket_of(kv_end - kv_begin)
         tl.store(keys + j, key, mask=ok)
-        bins = tl.arange(0, KEYS)
-        counts = tl.sum(((key[:, None] == bins[None, :]) & ok[:, None]).to(tl.int32), 0)
-        tl.store(histograms + tl.program_id(0) * KEYS + bins, counts)
+        # Lanes behind the last item count as the last key, which no item has (its bucket starts at 8).
+        counts = tl.histogram(tl.where(ok, key, KEYS - 1), KEYS)
+        tl.store(histograms + tl.program_id(0) * KEYS + tl.arange(0, KEYS), counts)
 
 
 @triton.jit
