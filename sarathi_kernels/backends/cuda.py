@@ -52,13 +52,16 @@ def _device_reason(device: torch.device) -> str | None:
         return _missing
     if device.type != "cuda":
         return f"tensors must be on a CUDA device, got {device}"
-    try:
-        capability = _device_info(device)[0]
-    except RuntimeError as error:
-        return str(error)
+    reason = machine_reason()
+    if reason is not None:
+        return reason
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) has no CUDA, so there can be no tensors on {device}"
+    capability = _device_info(torch.cuda.current_device() if device.index is None else device.index)[0]
     return None if capability >= 80 else f"the GPU must have compute capability 8.0 or more, {device} has {capability / 10}"
 
 
+@functools.lru_cache
 def machine_reason() -> str | None:
     """Why this machine can run no CUDA kernel at all, or None: no library, no driver, no device."""
     if _cuda is None:
@@ -70,12 +73,9 @@ def machine_reason() -> str | None:
 
 
 @functools.lru_cache
-def _device_info(device: torch.device) -> tuple[int, int, int]:
-    """(10 * major + minor, SMs, shared memory bytes per block) of the device."""
-    reason = machine_reason()
-    if reason is not None:
-        raise RuntimeError(reason)
-    return _cuda.device_info(device.index if device.index is not None else torch.cuda.current_device())
+def _device_info(index: int) -> tuple[int, int, int]:
+    """(10 * major + minor, SMs, shared memory bytes per block) of a device."""
+    return _cuda.device_info(index)
 
 
 def plan_config(spec: AttentionSpec) -> PlanConfig:
@@ -91,15 +91,26 @@ def attention_params(call: AttentionCall) -> bytes:
         ValueError: rows of q, out or a cache do not begin at multiples of 16 bytes, which the kernel's copies need.
     """
     q, k, v, out, table = call.q, call.k_cache, call.v_cache, call.out, call.block_table
-    for name, tensor in (("q", q), ("k_cache", k), ("v_cache", v), ("out", out)):
-        _check_rows(name, tensor)
+    pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+    q_token, q_head, _ = q.stride()
+    out_token, out_head, _ = out.stride()
+    k_page, k_slot, k_head, _ = k.stride()
+    v_page, v_slot, v_head, _ = v.stride()
+    # All at once, as this runs in every layer; the tensor to blame is looked for when there is one.
+    strides = q_token | q_head | out_token | out_head | k_page | k_slot | k_head | v_page | v_slot | v_head
+    if (pointers[0] | pointers[1] | pointers[2] | pointers[3]) & 15 or strides & 7:
+        for name, tensor in (("q", q), ("k_cache", k), ("v_cache", v), ("out", out)):
+            _check_rows(name, tensor)
+    total_q, num_q_heads, head_dim = q.shape
+    _, page_size, num_kv_heads, _ = k.shape
+    code = DTYPE_CODES[q.dtype]
     return ATTENTION_PARAMS.pack(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), _pointer(call.lse), table.data_ptr(),
+        *pointers, _pointer(call.lse), table.data_ptr(),
         call.work_items.data_ptr(), call.merge_items.data_ptr(), call.partial_out.data_ptr(), call.partial_lse.data_ptr(),
         call.counters.data_ptr(), _pointer(call.sinks), _pointer(call.tree_mask), 0, 0,
-        *q.stride()[:2], *out.stride()[:2], *k.stride()[:3], *v.stride()[:3], table.stride(0),
-        0, 0, 0, q.shape[1], k.shape[2], q.shape[2], k.shape[1], DTYPE_CODES[q.dtype], DTYPE_CODES[k.dtype],
-        call.softmax_scale, call.softcap, call.causal, call.window_left, q.shape[0], call.counts.data_ptr(),
+        q_token, q_head, out_token, out_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table.stride(0),
+        0, 0, 0, num_q_heads, num_kv_heads, head_dim, page_size, code, code,
+        call.softmax_scale, call.softcap, call.causal, call.window_left, total_q, call.counts.data_ptr(),
     )  # fmt: skip
 
 
@@ -135,24 +146,27 @@ def attention(call: AttentionCall) -> None:
     if not _rows_aligned(call.q):
         call = call._replace(q=call.q.contiguous())
     units = call.work_items.shape[0] * call.k_cache.shape[2]
-    if units == 0:
-        return
-    params = attention_params(call)
-    num_sms = _device_info(call.q.device)[1]
-    with torch.cuda.device(call.q.device):
-        _cuda.attention_sm80(params, min(units, CTAS_PER_SM * num_sms), torch.cuda.current_stream().cuda_stream)
+    if units:
+        device = call.q.device
+        _launch(device, _cuda.attention_sm80, attention_params(call), min(units, CTAS_PER_SM * _device_info(device.index)[1]))
 
 
 def append_kv(call: AppendKvCall) -> None:
-    params = append_kv_params(call)
-    with torch.cuda.device(call.k.device):
-        _cuda.append_kv(params, torch.cuda.current_stream().cuda_stream)
+    _launch(call.k.device, _cuda.append_kv, append_kv_params(call))
 
 
 def merge_states(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-    params = merge_params(outs, lses, out, lse)
-    with torch.cuda.device(outs.device):
-        _cuda.merge_states(params, torch.cuda.current_stream().cuda_stream)
+    _launch(outs.device, _cuda.merge_states, merge_params(outs, lses, out, lse))
+
+
+def _launch(device: torch.device, function, *arguments) -> None:
+    """Enqueues on torch's current stream of the device, which need not be the current device."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if device.index == torch.cuda.current_device():
+        function(*arguments, stream)
+    else:
+        with torch.cuda.device(device):
+            function(*arguments, stream)
 
 
 class DevicePlanner:
@@ -173,8 +187,7 @@ class DevicePlanner:
         )  # fmt: skip
 
     def run(self, plan) -> None:
-        with torch.cuda.device(plan.device):
-            _cuda.plan(self.params(plan), torch.cuda.current_stream().cuda_stream)
+        _launch(plan.device, _cuda.plan, self.params(plan))
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:
