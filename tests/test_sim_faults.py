@@ -96,10 +96,15 @@ def test_without_the_race_check_some_schedules_find_it(sim, problem, bug):
     assert found
 
 
+def test_a_loop_that_calls_no_wrapper_is_ended(sim, problem):
+    got, detail = outcome(sim, problem, "LoopsForever", hang_seconds=2)
+    assert got == "hang" and "called no wrapper for 2 seconds" in detail and "planted.cuh" in detail
+
+
 def test_all_planted_bugs_are_covered():
     text = (build.ROOT / "tests" / "sim" / "planted.cuh").read_text()
     names = set(re.findall(r"X\((\w+)\)", text)) - {"bug"}
-    assert names == {"None", "NoFence", *ALWAYS}
+    assert names == {"None", "NoFence", "LoopsForever", *ALWAYS}
 
 
 # ---- what a test can hold a kernel to ----

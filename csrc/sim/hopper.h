@@ -75,6 +75,7 @@ void mbarrier_arrive(uint32_t bar, int expect_bytes, Site site);
 bool mbarrier_test(uint32_t bar, int parity, Site site);   // one look
 void mbarrier_wait(uint32_t bar, int parity, Site site);
 void cp_async_mbarrier_arrive(uint32_t bar, Site site);    // noinc: an arrival when this thread's cp.async have landed
+void mbarrier_fence_init(Site site);
 void fence_proxy_async(Site site);
 
 // ---- bulk copies ----
@@ -96,6 +97,10 @@ void tma_store(const CUtensorMap* map, uint32_t smem, const std::vector<int>& at
 void bulk_load(uint32_t smem, const void* from, uint32_t bytes, uint32_t bar, Site site);
 void bulk_commit(Site site);
 void bulk_wait(int pending_groups, Site site);
+
+// For what lands on an mbarrier: the barrier at a shared address, and bytes that have come.
+Mbarrier& mbarrier_for_copy(uint32_t bar);
+void complete_tx(Cta& cta, Mbarrier& b, int64_t bytes);
 
 // ---- wgmma, registers ----
 void wgmma(const WgmmaOperand& mine, float* d, const uint32_t* a, Site site);

@@ -18,7 +18,7 @@ void land_some(std::vector<PendingCopy>& copies) {
 void finish(Thread& t, std::vector<PendingCopy>& copies) {
   for (PendingCopy& copy : copies) {
     land(copy);
-    if (t.cta->races) t.cta->races->finish_copy(t.index, t.count, static_cast<uint32_t>(copy.to - t.cta->smem), copy.size);
+    if (t.cta->races) t.cta->races->finish_copy(t.index, t.count, static_cast<uint32_t>(copy.to - t.cta->smem), copy.size, true);
   }
   copies.clear();
 }

@@ -29,6 +29,7 @@ struct Config {
   bool check_global = true;                   // wrappers may touch registered buffers only (memory.h)
   bool check_races = true;                    // happens-before over shared memory (races.h)
   int64_t livelock_polls = 2000000;           // polls in a row without any progress of anybody before giving up
+  int hang_seconds = 20;                      // CPU time that one thread may take from one wrapper to the next
 };
 
 // Totals over the launch. Bytes are those that pass through the wrappers: plain loads and stores cannot be seen.
@@ -55,7 +56,7 @@ class Error : public std::runtime_error {
   const char* kind() const { return kind_; }
 
  private:
-  const char* kind_;  // launch, out_of_bounds, misaligned, divergence, deadlock, livelock, race, bad_operand
+  const char* kind_;  // launch, out_of_bounds, misaligned, divergence, deadlock, livelock, hang, race, bad_operand
 };
 
 // Where in the kernel's source a wrapper was called: the default argument of every wrapper.
@@ -258,5 +259,7 @@ void sync_warp(Warp& warp, uint32_t mask, void* const*);
 
 // bar.sync (wait = true) and bar.arrive. threads = 0: all threads of the CTA that have not exited.
 void barrier(int id, int threads, bool wait, Site site);
+// A thread that exits counts as arrived in every later __syncthreads, and in one that is under way.
+void exit_barriers(Cta& cta);
 
 }  // namespace sarathi::sim

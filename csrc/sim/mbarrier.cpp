@@ -165,11 +165,20 @@ void cp_async_mbarrier_arrive(uint32_t bar, Site site) {
   start_async({cta, "cp.async.mbarrier.arrive", site, [cta, b, bar, copies, gathered]() mutable {
                  for (PendingCopy& copy : copies) {
                    land(copy);
-                   if (cta->races) cta->races->finish_copy(b->agent, b->phase + 1, static_cast<uint32_t>(copy.to - cta->smem), copy.size);
+                   if (cta->races) cta->races->finish_copy(b->agent, b->phase + 1, static_cast<uint32_t>(copy.to - cta->smem), copy.size, true);
                  }
                  if (cta->races) b->gathered.add(gathered->take(cta->races->num_agents()));
                  arrive(*cta, *b, bar - kSharedBase);
                }});
+}
+
+void mbarrier_fence_init(Site site) {
+  enter(site);
+  Thread& t = self();
+  if (!t.cta->races) return;
+  std::vector<uint32_t> offsets;
+  for (const auto& entry : hopper().mbarriers) offsets.push_back(entry.first);
+  t.cta->races->fence_proxy(t, &offsets);
 }
 
 void fence_proxy_async(Site site) {

@@ -226,6 +226,19 @@ void on_fault(int signal, siginfo_t* info, void*) {
   fail("out_of_bounds", std::string("a plain access at ") + text + ", which is no memory at all");
 }
 
+// Every second of CPU time: whether the machine still moves.
+uint64_t last_moves;
+int still_seconds;
+
+void on_timer(int) {
+  const Stats& s = machine.stats;
+  const uint64_t moves = s.switches + s.warp_collectives + static_cast<uint64_t>(machine.budget);
+  still_seconds = moves == last_moves ? still_seconds + 1 : 0;
+  last_moves = moves;
+  if (machine.running != nullptr && still_seconds >= machine.config.hang_seconds)
+    fail("hang", "the thread has called no wrapper for " + std::to_string(still_seconds) + " seconds");
+}
+
 }  // namespace
 
 FaultHandler::FaultHandler() : stack_(new char[64 << 10]) {
@@ -238,9 +251,17 @@ FaultHandler::FaultHandler() : stack_(new char[64 << 10]) {
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // the handler leaves by a fiber switch, never by returning
   sigaction(SIGSEGV, &action, &old_segv_);
   sigaction(SIGBUS, &action, &old_bus_);
+  action.sa_flags = SA_ONSTACK | SA_NODEFER | SA_RESTART;
+  action.sa_handler = on_timer;
+  sigaction(SIGVTALRM, &action, &old_timer_);
+  still_seconds = 0;
+  const itimerval every_second{{1, 0}, {1, 0}};
+  setitimer(ITIMER_VIRTUAL, &every_second, &old_interval_);
 }
 
 FaultHandler::~FaultHandler() {
+  setitimer(ITIMER_VIRTUAL, &old_interval_, nullptr);
+  sigaction(SIGVTALRM, &old_timer_, nullptr);
   sigaction(SIGSEGV, &old_segv_, nullptr);
   sigaction(SIGBUS, &old_bus_, nullptr);
   sigaltstack(&old_stack_, nullptr);

@@ -1,5 +1,7 @@
 // Shared and global memory: what may be touched, by whom it is checked, and the signal handler that names a wild access.
 #pragma once
+#include <sys/time.h>
+
 #include <csignal>
 #include <string>
 #include <vector>
@@ -78,7 +80,8 @@ class GuardedBuffer {
   size_t count_;
 };
 
-// While alive, a segmentation fault inside the simulated kernel becomes an Error that names thread and buffer.
+// While alive, a segmentation fault inside the simulated kernel becomes an Error that names thread and buffer, and so does a
+// loop that calls no wrapper for Config::hang_seconds.
 class FaultHandler {
  public:
   FaultHandler();
@@ -87,7 +90,8 @@ class FaultHandler {
   FaultHandler& operator=(const FaultHandler&) = delete;
 
  private:
-  struct sigaction old_segv_, old_bus_;
+  struct sigaction old_segv_, old_bus_, old_timer_;
+  struct itimerval old_interval_;
   stack_t old_stack_;
   std::unique_ptr<char[]> stack_;
 };

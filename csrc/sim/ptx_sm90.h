@@ -10,7 +10,7 @@ enum class Major { kK = 0, kMn = 1 };
 
 // ---- mbarriers ----
 inline void mbarrier_init(uint32_t bar, int count, Site site = {}) { sim::mbarrier_init(bar, count, site); }
-inline void mbarrier_fence_init(Site site = {}) { sim::fence_proxy_async(site); }
+inline void mbarrier_fence_init(Site site = {}) { sim::mbarrier_fence_init(site); }
 inline void mbarrier_arrive(uint32_t bar, Site site = {}) { sim::mbarrier_arrive(bar, 0, site); }
 inline void mbarrier_arrive_expect_tx(uint32_t bar, int bytes, Site site = {}) { sim::mbarrier_arrive(bar, bytes, site); }
 inline bool mbarrier_try_wait(uint32_t bar, int parity, Site site = {}) { return sim::mbarrier_test(bar, parity, site); }

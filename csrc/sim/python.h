@@ -36,6 +36,7 @@ inline void configure(Config& config, const py::kwargs& settings) {
     else if (name == "registers_per_thread") config.registers_per_thread = value.cast<int>();
     else if (name == "check_global") config.check_global = value.cast<bool>();
     else if (name == "check_races") config.check_races = value.cast<bool>();
+    else if (name == "hang_seconds") config.hang_seconds = value.cast<int>();
     else if (name == "livelock_polls") config.livelock_polls = value.cast<int64_t>();
     else if (name == "completion") {
       const auto mode = value.cast<std::string>();

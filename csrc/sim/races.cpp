@@ -105,7 +105,7 @@ void RaceChecker::record_read(Thread& t, uint32_t granule, uint32_t words) {
   r = {t.count, static_cast<uint16_t>(t.index), static_cast<uint16_t>(words), t.site};
 }
 
-void RaceChecker::record_write(int agent, uint32_t count, uint32_t granule, uint32_t words, Site site) {
+void RaceChecker::record_write(int agent, uint32_t count, uint32_t granule, uint32_t words, Site site, bool generic_proxy) {
   Granule& g = granules_[granule];
   // Whoever is ordered after this write is ordered after the reads before it: they have been checked.
   g.was_read = g.was_read && words != 0xf;
@@ -117,7 +117,7 @@ void RaceChecker::record_write(int agent, uint32_t count, uint32_t granule, uint
     }
   g.write_site = site;
   if (!proxies_) return;
-  if (agent >= num_threads_) {
+  if (!generic_proxy) {
     g.unfenced &= ~words;
   } else {
     if (g.unfenced == 0) unfenced_.push_back(granule);
@@ -125,11 +125,12 @@ void RaceChecker::record_write(int agent, uint32_t count, uint32_t granule, uint
   }
 }
 
-void RaceChecker::fence_proxy(Thread& t) {
+void RaceChecker::fence_proxy(Thread& t, const std::vector<uint32_t>* only) {
   size_t kept = 0;
   for (const uint32_t granule : unfenced_) {
     Granule& g = granules_[granule];
-    for (int w = 0; w < 4; ++w) {
+    const bool meant = only == nullptr || std::any_of(only->begin(), only->end(), [&](uint32_t offset) { return offset / kGranule == granule; });
+    for (int w = 0; meant && w < 4; ++w) {
       const int writer = g.writer[w];
       if ((g.unfenced >> w & 1) && (writer == t.index || g.count[w] <= (*t.knowledge)[writer])) g.unfenced &= ~(1u << w);
     }
@@ -158,7 +159,7 @@ void RaceChecker::write(Thread& t, uint32_t offset, uint32_t bytes) {
   each_granule(offset, bytes, [&](uint32_t g, uint32_t words) {
     check_writers(t, g, words, "writes");
     check_readers(t, g, words, "writes");
-    record_write(t.index, t.count, g, words, t.site);
+    record_write(t.index, t.count, g, words, t.site, true);
   });
 }
 
@@ -172,10 +173,10 @@ void RaceChecker::begin_copy(Thread& t, uint32_t offset, uint32_t bytes) {
   });
 }
 
-void RaceChecker::finish_copy(int agent, uint32_t count, uint32_t offset, uint32_t bytes) {
+void RaceChecker::finish_copy(int agent, uint32_t count, uint32_t offset, uint32_t bytes, bool generic_proxy) {
   each_granule(offset, bytes, [&](uint32_t g, uint32_t words) {
     granules_[g].in_flight &= ~words;
-    record_write(agent, count, g, words, granules_[g].async_site);
+    record_write(agent, count, g, words, granules_[g].async_site, generic_proxy);
   });
 }
 

@@ -44,14 +44,14 @@ class RaceChecker {
   void write(Thread& t, uint32_t offset, uint32_t bytes);
   // A copy into shared memory: nobody may touch the bytes until it is finished, which makes them a write of `agent`.
   void begin_copy(Thread& t, uint32_t offset, uint32_t bytes);
-  void finish_copy(int agent, uint32_t count, uint32_t offset, uint32_t bytes);
+  void finish_copy(int agent, uint32_t count, uint32_t offset, uint32_t bytes, bool generic_proxy);
   // An asynchronous reader: nobody may write the bytes until it is finished, which makes them a read of `t`.
   void begin_async_read(Thread& t, uint32_t offset, uint32_t bytes);
   void finish_async_read(Thread& t, uint32_t offset, uint32_t bytes);
 
   // Shared memory has two proxies. What a thread wrote (or cp.async for it) reaches TMA and wgmma only after a
   // fence.proxy.async by the writer, or by somebody ordered after it.
-  void fence_proxy(Thread& t);
+  void fence_proxy(Thread& t, const std::vector<uint32_t>* only = nullptr);   // of these offsets, or of all
   void check_fenced(Thread& t, uint32_t offset, uint32_t bytes, const char* doing);
 
   // Releases what `t` knows and did into `to`; what it does from now on is not part of it.
@@ -79,7 +79,7 @@ class RaceChecker {
   void check_writers(Thread& t, uint32_t granule, uint32_t words, const char* doing);
   void check_readers(Thread& t, uint32_t granule, uint32_t words, const char* doing);
   void record_read(Thread& t, uint32_t granule, uint32_t words);
-  void record_write(int agent, uint32_t count, uint32_t granule, uint32_t words, Site site);
+  void record_write(int agent, uint32_t count, uint32_t granule, uint32_t words, Site site, bool generic_proxy);
   [[noreturn]] void report(uint32_t granule, const std::string& message) const;
   std::string name(int agent) const;
 

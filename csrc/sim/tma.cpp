@@ -6,9 +6,6 @@
 
 namespace sarathi::sim {
 
-void complete_tx(Cta& cta, Mbarrier& b, int64_t bytes);
-Mbarrier& mbarrier_for_copy(uint32_t bar);
-
 namespace {
 
 constexpr uint64_t kMagic = 0x544D415054534554ull;
@@ -112,7 +109,7 @@ void start_load(uint32_t smem, uint32_t bytes, uint32_t bar, const char* what, S
   if (cta->races) cta->races->begin_copy(t, offset, bytes);
   start_async({cta, what, site, [=] {
                  land(*cta);
-                 if (cta->races) cta->races->finish_copy(b->agent, b->phase + 1, offset, bytes);
+                 if (cta->races) cta->races->finish_copy(b->agent, b->phase + 1, offset, bytes, false);
                  complete_tx(*cta, *b, bytes);
                }});
 }

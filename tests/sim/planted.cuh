@@ -26,6 +26,7 @@ enum Bug : int {
   kNoZeroFill,              // rows of c's padding read shared memory that nobody wrote
   kWriteReadOnly,
   kBarrierFromTwoPlaces,
+  kLoopsForever,            // on a plain load: nothing the simulator could see
 };
 
 struct Product {
@@ -97,6 +98,8 @@ __global__ void product(const Product p) {
   if (kBug == kPlainStoreOutOfShared && thread == 0) ptx::dynamic_smem()[4 * kTileBytes + 8] = 1;
   if (kBug == kPlainLoadOutOfGlobal && thread == 0) acc[0][0] += __bfloat162float(p.b[64 * p.k + 16]);
   if (kBug == kShuffleInHalfAWarp && lane < 16) acc[0][0] += 0 * ptx::shfl_xor(acc[0][0], 1);
+  if (kBug == kLoopsForever)
+    while (*const_cast<const volatile int*>(p.counter) >= 0) {}
   if (kBug == kWriteReadOnly && thread == 0) ptx::st_global(const_cast<__nv_bfloat16*>(p.a), p.b[0]);
 
   float* partial = p.partials + blockIdx.x * 64 * 64;
@@ -123,6 +126,6 @@ __global__ void product(const Product p) {
 #define SARATHI_PLANTED(X) \
   X(None) X(WaitForTooLittle) X(NoBarrierAfterWait) X(NoBarrierBeforeRefill) X(LdmatrixNextRow) X(NoSwizzle) X(LdmatrixMisaligned) \
   X(SourceOutOfBounds) X(SharedOutOfBounds) X(PlainStoreOutOfShared) X(PlainLoadOutOfGlobal) X(CopyMisaligned) X(BarrierInHalfAWarp) \
-  X(BarrierCountsTooMany) X(ShuffleInHalfAWarp) X(NoFence) X(NobodySetsTheFlag) X(NoZeroFill) X(WriteReadOnly) X(BarrierFromTwoPlaces)
+  X(BarrierCountsTooMany) X(ShuffleInHalfAWarp) X(NoFence) X(NobodySetsTheFlag) X(NoZeroFill) X(WriteReadOnly) X(BarrierFromTwoPlaces) X(LoopsForever)
 
 }  // namespace sarathi::testing
