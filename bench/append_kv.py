@@ -83,6 +83,11 @@ def run(cases: list[Case], dtypes, *, names=None, device="cpu", seconds=1.0, min
     device = torch.device(device)
     chosen = names if names is not None else [*(n for n in backends.NAMES if n != "reference"), PEER]
     absent = {name: "has no append_kv adaptor" for name in chosen if name not in (*backends.NAMES, PEER)}
+    for name in [n for n in chosen if n in backends.NAMES]:  # one that cannot run on this device at all is absent, not refused
+        reasons = {backends.get(name).supports(Problem(case.with_dtype(dtype), device)) for case in cases for dtype in dtypes}
+        if None not in reasons:
+            absent[name] = "; ".join(sorted(reasons))
+    chosen = [name for name in chosen if name not in absent]
     best = Ceilings({}, 0.0)
     report = Report(machine_record(device), absent=absent)
     for case in cases:

@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 
 from bench.rows import Report
@@ -54,12 +55,13 @@ def _colours(names: list[str]) -> dict[str, str]:
 
 
 def roofline(reports: list[Report], dtype: str, path: Path) -> Path | None:
-    """Achieved rate over arithmetic intensity, under the two measured ceilings of the first report that has them."""
+    """Achieved rate over arithmetic intensity, under the best ceilings that the runs with these rows measured."""
     rows = [r for report in reports for r in report.rows if r["subject"] == "attention" and r["dtype"] == dtype and r["backend"] != "reference"]
-    ceilings = next((r.machine["ceilings"] for r in reports if dtype in r.machine.get("ceilings", {}).get("matmul_tflops", {})), None)
-    if not rows or ceilings is None:
+    ceilings = [r.machine["ceilings"] for r in reports if any(row["subject"] == "attention" for row in r.rows) and "ceilings" in r.machine]
+    ceilings = [c for c in ceilings if dtype in c["matmul_tflops"]]
+    if not rows or not ceilings:
         return None
-    peak, bandwidth = ceilings["matmul_tflops"][dtype] * 1e3, ceilings["read_gbps"]
+    peak, bandwidth = 1e3 * max(c["matmul_tflops"][dtype] for c in ceilings), max(c["read_gbps"] for c in ceilings)
     figure, axes = plt.subplots(figsize=(9, 5.6))
     names = sorted(dict.fromkeys(r["backend"] for r in rows), key=lambda n: n not in backends.NAMES)
     colours = _colours(names)
@@ -88,7 +90,7 @@ def roofline(reports: list[Report], dtype: str, path: Path) -> Path | None:
             placed.append(x0)
             axes.annotate(case, (x0, y0), xytext=(0, -14 - 12 * crowd), textcoords="offset points", ha="center", fontsize=8, color="#444444")
     axes.set(xscale="log", yscale="log", xlabel="arithmetic intensity, FLOP per byte that must be read or written", ylabel="achieved GFLOP/s")
-    axes.set_ylim(bottom=min(r["tflops"] for r in rows) * 1e3 / 4)
+    axes.set_ylim(bottom=min(r["tflops"] for r in rows) * 1e3 / 4, top=2 * peak)
     axes.set_title(f"Attention against the measured roofline, {dtype}")
     axes.grid(True, which="both", alpha=0.15)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False)
@@ -168,6 +170,7 @@ def tbt_cdf(entries: list[dict], workload: str, path: Path) -> Path | None:
     axes.axhline(0.99, color="#999999", linewidth=0.8, linestyle=":")
     # The tail is what stalls are about: the axis is stretched towards 1.
     axes.set_yscale("function", functions=(lambda y: -np.log10(1.001 - np.clip(y, 0, 1)), lambda t: 1.001 - 10.0 ** -np.asarray(t)))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.set_yticks([0, 0.5, 0.9, 0.99, 1.0], ["0", "50 %", "90 %", "99 %", "100 %"])
     axes.set(xscale="log", xlabel="time between tokens, ms", ylabel="share of gaps at most so long", ylim=(0, 1))
     axes.set_title(f"Time between tokens: {workload}", fontsize=10)

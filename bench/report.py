@@ -57,14 +57,18 @@ def tables(report: Report) -> list[str]:
     lines = []
     grouped = defaultdict(list)
     for row in report.rows:
-        grouped[row["subject"], row["dtype"], row["case"].rsplit("/", 1)[-1]].append(row)
+        _, slash, model = row["case"].removesuffix("+rope").rpartition("/")
+        grouped[row["subject"], row["dtype"], model if slash else ""].append(row)
     for (subject, dtype, model), rows in grouped.items():
-        title = f"{subject}, {dtype}" + (f", {model.removesuffix('+rope')} heads" if "/" in rows[0]["case"] else "")
-        lines += [f"### {title}", ""] + _times(rows) + [""]
+        lines += [f"### {subject}, {dtype}" + (f", {model} heads" if model else ""), ""] + _times(rows) + [""]
     if report.mixed:
         lines += ["### A mixed batch in one launch, against its parts alone", ""] + _mixed(report.mixed) + [""]
     for workload in dict.fromkeys(entry["workload"] for entry in report.engine):
-        lines += [f"### Engine: {workload}", ""] + _engine([e for e in report.engine if e["workload"] == workload]) + [""]
+        entries = [e for e in report.engine if e["workload"] == workload]
+        lines += [f"### Engine: {workload}", ""] + _engine(entries) + [""]
+        slo = entries[0].get("goodput_slo_ms")
+        if slo:
+            lines += ["Good requests meet " + ", ".join(f"{name} at most {ms:g} ms" for name, ms in slo.items()) + ".", ""]
     if report.absent or report.refused:
         lines += ["No number:", ""]
         lines += [f"- {name}: {why}" for name, why in sorted(report.absent.items())]
@@ -81,44 +85,53 @@ def _ceilings(report: Report) -> list[str]:
 
 
 def milliseconds(us: float) -> str:
-    """Three significant digits, in ms below 10 s."""
+    """At least three significant digits, in ms."""
     ms = us / 1e3
     return f"{ms:.4f}" if ms < 0.1 else f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 1000 else f"{ms:.0f}"
 
 
+def microseconds(us: float) -> str:
+    return f"{us:.1f}" if us < 100 else f"{us:.0f}"
+
+
 def _times(rows: list[dict]) -> list[str]:
-    """Competitors by cases; ours first, then peers from fast to slow. The fastest of a case is bold."""
+    """Competitors by cases (cases by competitors where there are many). Ours first, then peers from fast to slow; the fastest bold."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     found = {(row["backend"], row["case"]): row for row in rows}
     names = sorted({row["backend"] for row in rows}, key=lambda n: (n not in backends.NAMES, _typical(n, cases, found)))
-    best = {case: min(found[n, case]["us"] for n in names if (n, case) in found) for case in cases}
-    lines = ["| ms | " + " | ".join(cases) + " |", "| --- |" + " ---: |" * len(cases)]
+    small = max(row["us"] for row in rows) < 1000
+    unit, show = ("us", microseconds) if small else ("ms", milliseconds)
+    lines: list[list[str]] = [[unit, *cases]]
     for name in names:
-        cells = []
-        for case in cases:
-            row = found.get((name, case))
-            if row is None:
-                cells.append("")
-                continue
-            time = milliseconds(row["us"])
-            time = f"**{time}**" if row["us"] == best[case] else time
-            cells.append(f"{time} [{milliseconds(row['us_min'])}-{milliseconds(row['us_max'])}]")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    if all(row["roof_us"] for row in rows):
-        roofs = [next(row["roof_us"] for row in rows if row["case"] == case) for case in cases]
-        lines.append("| *roofline floor* | " + " | ".join(milliseconds(r) for r in roofs) + " |")
+        lines.append([name, *(_cell(found.get((name, case)), [found[n, case] for n in names if (n, case) in found], show) for case in cases)])
+    with_roof = all(row["roof_us"] for row in rows)
+    if with_roof:
+        lines.append(["*roofline floor*", *(show(next(row["roof_us"] for row in rows if row["case"] == case)) for case in cases)])
     for ours in [n for n in names if n in backends.NAMES and n != "reference"]:
-        fractions, speedups = [], []
-        for case in cases:
-            row = found.get((ours, case))
-            fractions.append(f"{row['roof_fraction']:.0%}" if row else "")
-            ratio = min(row["ratio"].items(), key=lambda item: item[1]) if row and row["ratio"] else None
-            speedups.append(f"{ratio[1]:.2f}x {ratio[0]}" if ratio else "")
-        if any(row["roof_us"] for row in rows):
-            lines.append(f"| *{ours}: share of the floor* | " + " | ".join(fractions) + " |")
-        if any(speedups):
-            lines.append(f"| *{ours}: against the best peer* | " + " | ".join(speedups) + " |")
-    return lines
+        mine = [found.get((ours, case)) for case in cases]
+        if with_roof:
+            lines.append([f"*{ours}: share of the floor*", *(f"{row['roof_fraction']:.0%}" if row else "" for row in mine)])
+        if any(row and row["ratio"] for row in mine):
+            lines.append([f"*{ours}: against the best peer*", *(_best_peer(row) for row in mine)])
+    if len(cases) > 6:
+        lines = [list(column) for column in zip(*lines)]
+    head, *body = lines
+    return ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1), *("| " + " | ".join(line) + " |" for line in body)]
+
+
+def _cell(row: dict | None, same_case: list[dict], show) -> str:
+    if row is None:
+        return ""
+    time = show(row["us"])
+    time = f"**{time}**" if row["us"] == min(other["us"] for other in same_case) and len(same_case) > 1 else time
+    return f"{time} [{show(row['us_min'])}-{show(row['us_max'])}]"
+
+
+def _best_peer(row: dict | None) -> str:
+    if not row or not row["ratio"]:
+        return ""
+    peer, ratio = min(row["ratio"].items(), key=lambda item: item[1])
+    return f"{ratio:.2f}x {peer}"
 
 
 def _typical(name: str, cases: list[str], found: dict) -> float:

@@ -63,17 +63,20 @@ def test_report_has_every_table_and_plot(tmp_path):
         assert width > 500 and height > 200
     text = written[0].read_text()
     assert "Test CPU" in text and "read 30 GB/s" in text and "fa3: runs on cuda" in text and "off by 3" in text
-    assert "| cpu | **0.100** [0.0900-0.110]" in text, "the fastest of a case is bold"
-    assert "**0.0900**" in text, "the case where a peer wins shows the peer in bold"
+    assert "| c256@0+32@1024/llama8b | **100** [90.0-110] |" in text, "many cases: one line each; the fastest of a case is bold"
+    assert "| **90.0** [81.0-99.0] |" in text, "the case where a peer wins shows the peer in bold"
     assert "1.50x openvino" in text and "0.87x sdpa" in text, "the best peer of each case, not the best case"
     assert "51.0 [50.0-52.0]" in text, "median and spread over the repeats of an engine"
     assert "| A/x | cpu | bfloat16 | 0.0100 | 0.0060 | 0.0050 | 1.667 | 0.909 |" in text
 
 
 def test_ours_come_first_then_peers_by_speed():
-    lines = report.tables(make_report())
-    first = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
-    assert first.index("cpu") < first.index("openvino") < first.index("sdpa")
+    full = make_report()
+    (head,) = [line for line in report.tables(full) if line.startswith("| us |")]
+    assert [name.strip() for name in head.split("|")[2:5]] == ["cpu", "openvino", "sdpa"]
+    full.rows = [row | {"us": 1e3 * row["us"], "us_min": 1e3 * row["us_min"], "us_max": 1e3 * row["us_max"]} for row in full.rows[:6]]
+    lines = report.tables(full)
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")][:4] == ["ms", "cpu", "openvino", "sdpa"], "few cases: one column each"
 
 
 def test_nothing_to_draw_draws_nothing(tmp_path):
