@@ -64,7 +64,7 @@ def demo(config: EngineConfig, json_path: str | None = None, out: Path = Path("o
     from engine.timeline import draw  # matplotlib is slow to import and only the picture needs it
 
     out.mkdir(parents=True, exist_ok=True)
-    draw([(run.policy, run.traces, longest_stall(run.traces)) for run in reversed(runs)], len(CHATS), out / "demo_timeline.png")
+    draw([(run.policy, run.traces, longest_stall(run.traces)) for run in runs], len(CHATS), out / "demo_timeline.png")
     print(f"Timeline: {out / 'demo_timeline.png'}")
     if json_path:
         Path(json_path).write_text(json.dumps({"policies": figures}, indent=2) + "\n")

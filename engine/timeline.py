@@ -23,7 +23,7 @@ def draw(runs: Sequence[tuple[str, Sequence[Trace], tuple[float, float]]], num_c
         num_chats: how many leading traces are chats; the others are long prompts.
         path: where to write the PNG.
     """
-    figure, axes = plt.subplots(len(runs), 1, sharex=True, figsize=(11, 2.9 * len(runs) + 0.7), squeeze=False)
+    figure, axes = plt.subplots(len(runs), 1, sharex=True, figsize=(11, 3.0 * len(runs) + 0.8), squeeze=False)
     end = max(t.times[-1] for _, traces, _ in runs for t in traces)
     for axis, (title, traces, (length, begin)) in zip(axes[:, 0], runs, strict=True):
         rows = range(len(traces) - 1, -1, -1)
@@ -37,12 +37,12 @@ def draw(runs: Sequence[tuple[str, Sequence[Trace], tuple[float, float]]], num_c
         axis.axvline(arrival, color=LONG, linewidth=0.9, linestyle=":")
         axis.set_yticks(list(rows), [f"chat {i + 1}" if i < num_chats else f"long {i - num_chats + 1}" for i in range(len(traces))])
         axis.set_ylim(-0.7, len(traces) - 0.3)
-        axis.set_title(f"{title}: longest stall {length:.2f} s", loc="left", fontsize=11, fontweight="bold")
+        axis.set_title(f"{title}: longest stall {length:.2f} s", loc="left", fontsize=11, fontweight="bold", pad=16)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
     axes[0, 0].annotate(
         "long prompts arrive", (runs[0][1][-1].arrival, 1), xycoords=("data", "axes fraction"),
-        xytext=(4, 2), textcoords="offset points", color=LONG, fontsize=9,
+        xytext=(0, 3), textcoords="offset points", ha="left", color=LONG, fontsize=9,
     )  # fmt: skip
     axes[-1, 0].set_xlim(-0.01 * end, 1.01 * end)
     axes[-1, 0].set_xlabel("seconds since the chats arrived   (mark: a token; grey: waiting for the first; red: nobody gets a token)")
