@@ -97,8 +97,8 @@ def test_without_the_race_check_some_schedules_find_it(sim, problem, bug):
 
 
 def test_a_loop_that_calls_no_wrapper_is_ended(sim, problem):
-    got, detail = outcome(sim, problem, "LoopsForever", hang_seconds=2)
-    assert got == "hang" and "called no wrapper for 2 seconds" in detail and "planted.cuh" in detail
+    got, detail = outcome(sim, problem, "LoopsForever", hang_seconds=1)
+    assert got == "hang" and "called no wrapper for 1 seconds" in detail and "planted.cuh" in detail
 
 
 def test_all_planted_bugs_are_covered():
@@ -120,6 +120,19 @@ def test_totals_count_bytes_conflicts_and_work(sim, problem):
     assert totals["ctas"] == GRID
     _, totals = outcome(sim, problem, "NoSwizzle")
     assert totals["ldmatrix_conflicts"] > 0
+
+
+def test_profile_counts_conflicts_and_sectors_by_line(sim, problem):
+    """Rows of 64 bytes: eight threads fill two rows with 16-byte copies, at the swizzled places without a conflict."""
+    _, totals = outcome(sim, problem, "None", profile=True, seed=1, completion="random")
+    copies = {kind: next(t for line, t in totals["lines"].items() if line.startswith("planted.cuh") and line.endswith(kind) and t["bytes"] == 64 * K * 2)
+              for kind in ("copy to shared", "copy from global")}  # fmt: skip
+    requests = 64 * K * 2 // 16 // 32  # of b: 32 lanes, 16 bytes each
+    assert copies["copy to shared"] == {"requests": requests, "bytes": 64 * K * 2, "wavefronts": 4 * requests, "conflicts": 0, "sectors": 0}
+    # Each row of a stage is 64 bytes in global memory: two full sectors.
+    assert copies["copy from global"]["sectors"] == 64 * K * 2 // 32
+    stores = next(t for line, t in totals["lines"].items() if line.endswith("global store") and t["bytes"] == GRID * 64 * 64 * 4)
+    assert stores["sectors"] == 8 * stores["requests"], "eight rows, every other float of eight: each touches one sector per row"
 
 
 def test_the_same_seed_is_the_same_run(sim, problem):

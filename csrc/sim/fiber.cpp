@@ -10,7 +10,7 @@ namespace {
 constexpr size_t kGuard = 4096;
 }
 
-#if defined(__x86_64__)
+#if !defined(SARATHI_SIM_UCONTEXT)
 
 void Fiber::prepare(void* stack, size_t bytes, void (*entry)()) {
   auto top = (reinterpret_cast<uintptr_t>(stack) + bytes) & ~uintptr_t{15};

@@ -4,7 +4,8 @@
 #include <cstddef>
 #include <vector>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(SARATHI_SIM_UCONTEXT)
+#define SARATHI_SIM_UCONTEXT
 #include <ucontext.h>
 #endif
 
@@ -15,7 +16,7 @@ class Fiber {
   // Prepares the fiber to run `entry` on [stack, stack + bytes) when it is first switched to. `entry` never returns.
   void prepare(void* stack, size_t bytes, void (*entry)());
 
-#if defined(__x86_64__)
+#if !defined(SARATHI_SIM_UCONTEXT)
   void* stack_pointer = nullptr;
 #else
   ucontext_t context;
@@ -25,7 +26,7 @@ class Fiber {
 // Inlined, and a jump rather than a return: a `ret` to where nothing was called from defeats the processor's return
 // predictor in every frame below it, which costs several times the switch itself.
 inline __attribute__((always_inline)) void switch_fiber(Fiber& from, Fiber& to) {
-#if defined(__x86_64__)
+#if !defined(SARATHI_SIM_UCONTEXT)
   void** save = &from.stack_pointer;
   void* next = to.stack_pointer;
   asm volatile(

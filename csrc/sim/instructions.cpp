@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "sim/profile.h"
 #include "sim/races.h"
 
 namespace sarathi::sim {
@@ -52,6 +53,8 @@ void cp_async(uint32_t shared, const void* from, uint32_t size, uint32_t bytes, 
       fail("misaligned", "cp.async source is not a multiple of " + std::to_string(size));
     if (machine.config.check_global) global_memory().check(from, bytes, false, "cp.async source");
   }
+  profile_access(Access::kCopyDestination, shared, size);
+  if (bytes > 0) profile_access(Access::kCopySource, reinterpret_cast<uintptr_t>(from), bytes);
   Thread& t = self();
   PendingCopy copy{to, static_cast<const char*>(from), size, bytes, false};
   if (t.cta->races) t.cta->races->begin_copy(t, static_cast<uint32_t>(to - t.cta->smem), size);

@@ -5,6 +5,7 @@
 
 #include "sim/hopper.h"
 #include "sim/memory.h"
+#include "sim/profile.h"
 #include "sim/races.h"
 
 namespace sarathi::sim {
@@ -176,12 +177,16 @@ std::unique_ptr<Cta> make_cta(int64_t linear, int slot) {
   }
   if (c.arch >= 90) cta->hopper = std::make_unique<Hopper>(*cta);
   if (c.check_races) cta->races = std::make_unique<RaceChecker>(*cta, c.smem_bytes);
+  if (c.profile)
+    for (Warp& w : cta->warps) w.profile = std::make_shared<WarpProfile>();
   ++machine.stats.ctas;
   return cta;
 }
 
 void retire(Cta& cta) {
   check_retired(cta);
+  for (Warp& w : cta.warps)
+    if (w.profile) w.profile->finish();
   cta.stores.move_to(machine.stores);
   for (int id = 0; id < kNamedBarriers; ++id)
     if (cta.barriers[id].arrived > 0)
@@ -268,6 +273,7 @@ Stats run_grid(const Config& config, void (*kernel)(void*), void* arguments) {
   machine.cursor = ~size_t{0};
   machine.error = nullptr;
   machine.stores = {};
+  clear_profile();
   machine.async_ops.clear();
   machine.random_state = config.seed * 0x9E3779B97F4A7C15ull + 1;
   machine.slots.clear();

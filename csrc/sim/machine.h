@@ -28,6 +28,7 @@ struct Config {
   int registers_per_thread = 0;               // for setmaxnreg; 0: an equal share of the SM's 64 Ki
   bool check_global = true;                   // wrappers may touch registered buffers only (memory.h)
   bool check_races = true;                    // happens-before over shared memory (races.h)
+  bool profile = false;                       // bank conflicts and sectors by source line (profile.h)
   int64_t livelock_polls = 2000000;           // polls in a row without any progress of anybody before giving up
   int hang_seconds = 20;                      // CPU time that one thread may take from one wrapper to the next
 };
@@ -74,6 +75,7 @@ struct Cta;
 struct Warp;
 class RaceChecker;
 class Gathered;
+class WarpProfile;
 struct Hopper;
 struct AsyncOp;
 
@@ -130,6 +132,7 @@ struct Warp {
   int current = 0;                            // lane at which the scheduler entered it last
   Gathering gatherings[4];
   void* operands[kWarpSize] = {};
+  std::shared_ptr<WarpProfile> profile;       // null when the launch does not profile
 };
 
 struct Barrier {

@@ -1,5 +1,6 @@
 #include "sim/memory.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -203,8 +204,10 @@ void fence_global() {
 
 namespace {
 
+pthread_t simulating;  // the thread whose stack the fibers borrow; signals may reach others
+
 void on_fault(int signal, siginfo_t* info, void*) {
-  if (machine.running == nullptr) {  // not ours: as if there had been no handler
+  if (machine.running == nullptr || !pthread_equal(pthread_self(), simulating)) {  // not ours: as if there had been no handler
     struct sigaction action {};
     action.sa_handler = SIG_DFL;
     sigaction(signal, &action, nullptr);
@@ -230,7 +233,11 @@ void on_fault(int signal, siginfo_t* info, void*) {
 uint64_t last_moves;
 int still_seconds;
 
-void on_timer(int) {
+void on_timer(int signal) {
+  if (!pthread_equal(pthread_self(), simulating)) {
+    pthread_kill(simulating, signal);
+    return;
+  }
   const Stats& s = machine.stats;
   const uint64_t moves = s.switches + s.warp_collectives + static_cast<uint64_t>(machine.budget);
   still_seconds = moves == last_moves ? still_seconds + 1 : 0;
@@ -242,6 +249,7 @@ void on_timer(int) {
 }  // namespace
 
 FaultHandler::FaultHandler() : stack_(new char[64 << 10]) {
+  simulating = pthread_self();
   stack_t stack{};
   stack.ss_sp = stack_.get();
   stack.ss_size = 64 << 10;

@@ -4,6 +4,7 @@
 
 #include "sim/device.h"
 #include "sim/instructions.h"
+#include "sim/profile.h"
 #include "sim/races.h"
 
 namespace sarathi::ptx {
@@ -116,6 +117,7 @@ inline T ld_shared(const T* p, Site site = {}) {
   sim::machine.stats.shared_load_bytes += sizeof(T);
   const uint32_t address = sim::shared_address(p);
   const auto* from = reinterpret_cast<const T*>(sim::shared_pointer(address, sizeof(T), sizeof(T), "ld.shared"));
+  sim::profile_access(sim::Access::kSharedLoad, address, sizeof(T));
   if (auto& races = sim::self().cta->races) races->read(sim::self(), address - sim::kSharedBase, sizeof(T));
   return *from;
 }
@@ -125,6 +127,7 @@ inline void st_shared(T* p, T value, Site site = {}) {
   sim::machine.stats.shared_store_bytes += sizeof(T);
   const uint32_t address = sim::shared_address(p);
   auto* to = reinterpret_cast<T*>(sim::shared_pointer(address, sizeof(T), sizeof(T), "st.shared"));
+  sim::profile_access(sim::Access::kSharedStore, address, sizeof(T));
   if (auto& races = sim::self().cta->races) races->write(sim::self(), address - sim::kSharedBase, sizeof(T));
   *to = value;
 }
@@ -132,6 +135,7 @@ template <typename T>
 inline T ld_global(const T* p, Site site = {}) {
   sim::enter(site);
   sim::check_generic(p, sizeof(T), false, "ld.global");
+  sim::profile_access(sim::Access::kGlobalLoad, reinterpret_cast<uintptr_t>(p), sizeof(T));
   T value;
   sim::load_global(p, &value, sizeof(T));
   return value;
@@ -140,6 +144,7 @@ template <typename T>
 inline void st_global(T* p, T value, Site site = {}) {
   sim::enter(site);
   sim::check_generic(p, sizeof(T), true, "st.global");
+  sim::profile_access(sim::Access::kGlobalStore, reinterpret_cast<uintptr_t>(p), sizeof(T));
   sim::store_global(p, &value, sizeof(T));
 }
 

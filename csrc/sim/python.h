@@ -7,6 +7,7 @@
 
 #include "sim/machine.h"
 #include "sim/memory.h"
+#include "sim/profile.h"
 
 namespace sarathi::sim {
 namespace py = pybind11;
@@ -36,6 +37,7 @@ inline void configure(Config& config, const py::kwargs& settings) {
     else if (name == "registers_per_thread") config.registers_per_thread = value.cast<int>();
     else if (name == "check_global") config.check_global = value.cast<bool>();
     else if (name == "check_races") config.check_races = value.cast<bool>();
+    else if (name == "profile") config.profile = value.cast<bool>();
     else if (name == "hang_seconds") config.hang_seconds = value.cast<int>();
     else if (name == "livelock_polls") config.livelock_polls = value.cast<int64_t>();
     else if (name == "completion") {
@@ -65,6 +67,19 @@ inline py::dict to_dict(const Stats& s) {
   d["polls"] = s.polls;
   d["switches"] = s.switches;
   d["ctas"] = s.ctas;
+  if (machine.config.profile) {  // {"file:line kind": {...}}
+    py::dict lines;
+    for (const auto& [line, t] : profile_totals()) {
+      py::dict entry;
+      entry["requests"] = t.requests;
+      entry["bytes"] = t.bytes;
+      entry["wavefronts"] = t.wavefronts;
+      entry["conflicts"] = t.conflicts;
+      entry["sectors"] = t.sectors;
+      lines[py::str(line)] = entry;
+    }
+    d["lines"] = lines;
+  }
   return d;
 }
 
