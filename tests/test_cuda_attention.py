@@ -77,6 +77,19 @@ def _rows(inputs, order, **settings):
     return rows
 
 
+@pytest.mark.parametrize("dim", cuda.HEAD_DIMS)
+def test_scores_that_outgrow_their_reference(dim):
+    """Keys that grow along the context: the reference maximum must move, often by more than its slack, and sometimes not."""
+    for growth in (1.5, 20.0):
+        inputs = make_inputs(Case("growing", ((33, 400), (1, 500)), make_spec(head_dim=dim)), torch.float16)
+        for i, kv_len in enumerate(inputs.seqused_k.tolist()):
+            position = torch.arange(kv_len)
+            page, slot = inputs.block_table[i][position // 16].long(), position % 16
+            inputs.k_cache[page, slot] *= (growth * position / kv_len).to(torch.float16)[:, None, None]
+        out, lse, _ = cuda_sim.attention(inputs, config=split_early(inputs.spec, 256), seed=1)
+        check(inputs, out, lse)
+
+
 def test_strided_q_out_and_caches():
     """Heads interleaved with other tensors' heads, as slices of one projection, and pages with gaps: only rows are dense."""
     inputs = make_inputs(Case("strided", SHAPES["hybrid"], make_spec()), torch.float16)

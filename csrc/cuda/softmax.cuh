@@ -28,6 +28,7 @@ __device__ __forceinline__ float tanh_ex2(float x) { return 1.0f - 2.0f / (ptx::
 // fragment f, rows 16 f + l / 4 and + 8, and two columns of every eight. Sums are this lane's until `finish`.
 template <int kFrags>
 struct OnlineSoftmax {
+  static constexpr float kSlack = 8.0f;
   float max[2 * kFrags], sum[2 * kFrags];
 
   __device__ __forceinline__ void init() {
@@ -38,10 +39,15 @@ struct OnlineSoftmax {
     }
   }
 
-  // Takes in the scores of the next keys, which become exponentials, and moves `out` to the new maximum.
+  // Takes in the scores of the next keys, which become exponentials counted from the row's reference maximum.
   // scale: multiplies the scores; positive.
+  //
+  // The reference need not be the maximum: exponentials up to 2^kSlack are as exact as those up to 1. So it stays while
+  // the scores outgrow it by less, and after the first keys `out` is hardly ever rescaled. Each row decides for itself.
   template <int kKeyFrags, int kDimFrags>
   __device__ __forceinline__ void update(float (&scores)[kFrags][kKeyFrags][4], float (&out)[kFrags][kDimFrags][4], float scale) {
+    float shrink[2 * kFrags];
+    bool moved = false;
 #pragma unroll
     for (int r = 0; r < 2 * kFrags; ++r) {
       const int f = r / 2, h = r % 2 * 2;
@@ -50,8 +56,9 @@ struct OnlineSoftmax {
       for (int j = 0; j < kKeyFrags; ++j) highest = fmaxf(highest, fmaxf(scores[f][j][h], scores[f][j][h + 1]));
       highest = fmaxf(highest, ptx::shfl_xor(highest, 1));
       highest = fmaxf(highest, ptx::shfl_xor(highest, 2));
+      highest *= scale;
       const float old = max[r];
-      max[r] = fmaxf(old, highest * scale);
+      if (highest > old + kSlack) max[r] = highest;
       // A row that has seen nothing yet must not compute -inf - -inf.
       const float base = max[r] == -INFINITY ? 0.0f : max[r];
       float added = 0.0f;
@@ -61,14 +68,18 @@ struct OnlineSoftmax {
         scores[f][j][h + 1] = ptx::exp2_approx(scores[f][j][h + 1] * scale - base);
         added += scores[f][j][h] + scores[f][j][h + 1];
       }
-      const float shrink = ptx::exp2_approx(old - base);
-      sum[r] = sum[r] * shrink + added;
+      shrink[r] = ptx::exp2_approx(old - base);
+      moved |= max[r] != old;
+      sum[r] = sum[r] * shrink[r] + added;
+    }
+    if (!ptx::any(moved)) return;
+#pragma unroll
+    for (int r = 0; r < 2 * kFrags; ++r)
 #pragma unroll
       for (int d = 0; d < kDimFrags; ++d) {
-        out[f][d][h] *= shrink;
-        out[f][d][h + 1] *= shrink;
+        out[r / 2][d][r % 2 * 2] *= shrink[r];
+        out[r / 2][d][r % 2 * 2 + 1] *= shrink[r];
       }
-    }
   }
 
   // Adds up the four lanes that share a row.

@@ -88,7 +88,8 @@ def attention_params(call: AttentionCall) -> bytes:
     """The call as an AttentionParams of csrc/params.h.
 
     Raises:
-        ValueError: rows of q, out or a cache do not begin at multiples of 16 bytes, which the kernel's copies need.
+        ValueError: rows of q, out or a cache do not begin at multiples of 16 bytes, which the kernel's copies need, or a
+            stride is 2^31 elements or more.
     """
     q, k, v, out, table = call.q, call.k_cache, call.v_cache, call.out, call.block_table
     pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
@@ -98,7 +99,7 @@ def attention_params(call: AttentionCall) -> bytes:
     v_page, v_slot, v_head, _ = v.stride()
     # All at once, as this runs in every layer; the tensor to blame is looked for when there is one.
     strides = q_token | q_head | out_token | out_head | k_page | k_slot | k_head | v_page | v_slot | v_head
-    if (pointers[0] | pointers[1] | pointers[2] | pointers[3]) & 15 or strides & 7:
+    if (pointers[0] | pointers[1] | pointers[2] | pointers[3]) & 15 or strides & 7 or strides >> 31:
         for name, tensor in (("q", q), ("k_cache", k), ("v_cache", v), ("out", out)):
             _check_rows(name, tensor)
     total_q, num_q_heads, head_dim = q.shape
@@ -205,3 +206,5 @@ def _check_rows(name: str, tensor: torch.Tensor) -> None:
             f"{name} must have rows that begin at multiples of 16 bytes, got address {tensor.data_ptr():#x} "
             f"and strides {tensor.stride()} of {tensor.dtype}"
         )
+    if max(tensor.stride()) >= 2**31:
+        raise ValueError(f"{name} must have strides below 2^31 elements, got {tensor.stride()}")
