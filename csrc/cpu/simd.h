@@ -119,6 +119,29 @@ SARATHI_INLINE F mask_lanes(F x, int32_t first, int32_t lo, int32_t hi) {
   const __mmask16 in = _mm512_cmpge_epi32_mask(k, _mm512_set1_epi32(lo)) & _mm512_cmplt_epi32_mask(k, _mm512_set1_epi32(hi));
   return _mm512_mask_blend_ps(in, set1(-kInfinity), x);
 }
+// to[c * to_stride + r] = from[r * from_stride + c] for r, c in [0, kLanes).
+SARATHI_INLINE void transpose(const float* from, int from_stride, float* to, int to_stride) {
+  F t[16], u[16];  // u[4 * i + c], quarter j: column 4 * j + c of rows 4 * i .. 4 * i + 3
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    const F a = load(from + i * from_stride), b = load(from + (i + 1) * from_stride);
+    t[i] = _mm512_unpacklo_ps(a, b), t[i + 1] = _mm512_unpackhi_ps(a, b);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    u[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44), u[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44), u[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const F even_low = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88), even_high = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
+    const F odd_low = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd), odd_high = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
+    store(to + c * to_stride, _mm512_shuffle_f32x4(even_low, even_high, 0x88));
+    store(to + (4 + c) * to_stride, _mm512_shuffle_f32x4(odd_low, odd_high, 0x88));
+    store(to + (8 + c) * to_stride, _mm512_shuffle_f32x4(even_low, even_high, 0xdd));
+    store(to + (12 + c) * to_stride, _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd));
+  }
+}
 // p * 2^n for the rounded exponent n of exp2 below; exactly 0 far below the range of a float.
 constexpr float kExp2Low = -160.0f;
 SARATHI_INLINE F scale_by_power(F p, F n) { return _mm512_scalef_ps(p, n); }
@@ -183,6 +206,24 @@ SARATHI_INLINE F mask_lanes(F x, int32_t first, int32_t lo, int32_t hi) {
   const __m256i key = _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   return mask_keys(x, key, _mm256_set1_epi32(lo), _mm256_set1_epi32(hi));
 }
+SARATHI_INLINE void transpose(const float* from, int from_stride, float* to, int to_stride) {
+  F t[8], u[8];  // u[4 * i + c], half j: column 4 * j + c of rows 4 * i .. 4 * i + 3
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    const F a = load(from + i * from_stride), b = load(from + (i + 1) * from_stride);
+    t[i] = _mm256_unpacklo_ps(a, b), t[i + 1] = _mm256_unpackhi_ps(a, b);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44), u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44), u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    store(to + c * to_stride, _mm256_permute2f128_ps(u[c], u[4 + c], 0x20));
+    store(to + (4 + c) * to_stride, _mm256_permute2f128_ps(u[c], u[4 + c], 0x31));
+  }
+}
 constexpr float kExp2Low = -127.0f;  // whose exponent field is 0: the factor is exactly 0
 SARATHI_INLINE F scale_by_power(F p, F n) {
   return mul(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)));
@@ -240,6 +281,10 @@ SARATHI_INLINE F mask_range(F x, int32_t key, const int32_t* lo, const int32_t* 
 }
 SARATHI_INLINE F mask_lanes(F x, int32_t first, int32_t lo, int32_t hi) {
   return mask_keys(x, I{first, first + 1, first + 2, first + 3}, I{lo, lo, lo, lo}, I{hi, hi, hi, hi});
+}
+SARATHI_INLINE void transpose(const float* from, int from_stride, float* to, int to_stride) {
+  for (int r = 0; r < kLanes; ++r)
+    for (int c = 0; c < kLanes; ++c) to[c * to_stride + r] = from[r * from_stride + c];
 }
 constexpr float kExp2Low = -127.0f;
 SARATHI_INLINE F scale_by_power(F p, F n) { return p * bit_cast<F>((__builtin_convertvector(n, I) + 127) << 23); }

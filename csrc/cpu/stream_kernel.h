@@ -37,56 +37,17 @@ struct StreamScratch {
   }
 };
 
-// One block of keys: rows of kv head 0.
+// One block of keys: rows of the first kv head of the visit.
 template <class KV>
 struct StreamBlock {
   const KV *k[kStreamKeys], *v[kStreamKeys];
   int32_t count = 0;
 
-  SARATHI_INLINE void find(const PagedRows<KV>& keys, const PagedRows<KV>& values, int32_t first, int32_t end) {
+  SARATHI_INLINE void find(const PagedRows<KV>& keys, const PagedRows<KV>& values, int32_t first, int32_t end, int32_t head) {
     count = min_of(kStreamKeys, end - first);
-    keys.find(first, count, 0, k);
-    values.find(first, count, 0, v);
+    keys.find(first, count, head, k);
+    values.find(first, count, head, v);
     for (int32_t j = count; j < round_up(count, kKeysAtOnce); ++j) k[j] = k[count - 1], v[j] = v[count - 1];  // masked in softmax_row
-  }
-};
-
-// Prefetches a block's cache lines in the order in which they lie in memory, key by key, through all the heads, one line of K and
-// one of V at a time: requests that come in a burst wait for each other, and the loads behind them wait too.
-template <class KV>
-struct Prefetcher {
-  const StreamBlock<KV>* block;
-  const char *k_line = nullptr, *v_line = nullptr;
-  int64_t k_stride, v_stride;   // bytes between runs of one key: kv heads, or none where all the heads are one run
-  int32_t run_lines, runs;      // cache lines per run, runs per key
-  int64_t k_first, v_first;     // bytes to the first head
-  int32_t line = 0, run = 0, key = 0;
-
-  SARATHI_INLINE Prefetcher(const AttentionParams& p, int32_t head_begin, int32_t heads)
-      : block(nullptr), k_stride(p.k_stride_head * sizeof(KV)), v_stride(p.v_stride_head * sizeof(KV)) {
-    const bool one_run = p.k_stride_head == p.head_dim && p.v_stride_head == p.head_dim;
-    run_lines = static_cast<int32_t>((p.head_dim * sizeof(KV) * (one_run ? heads : 1) + 63) / 64);
-    runs = one_run ? 1 : heads;
-    k_first = head_begin * k_stride, v_first = head_begin * v_stride;
-  }
-  SARATHI_INLINE void start(const StreamBlock<KV>* next) {
-    block = next, line = run = key = 0;
-    aim();
-  }
-  SARATHI_INLINE void aim() {
-    if (key >= block->count) { k_line = nullptr; return; }
-    k_line = reinterpret_cast<const char*>(block->k[key]) + k_first + run * k_stride;
-    v_line = reinterpret_cast<const char*>(block->v[key]) + v_first + run * v_stride;
-  }
-  SARATHI_INLINE void step() {
-    if (!k_line) return;
-    prefetch(k_line), prefetch(v_line);
-    k_line += 64, v_line += 64;
-    if (++line == run_lines) {
-      line = 0;
-      if (++run == runs) run = 0, ++key;
-      aim();
-    }
   }
 };
 
@@ -251,19 +212,19 @@ void visit_stream(const AttentionParams& p, const WorkItem& item, int32_t head_b
   const PagedRows<KV> k_rows = keys_of<KV>(p, item), v_rows = values_of<KV>(p, item);
   StreamBlock<KV> blocks[2];
   StreamBlock<KV>*block = &blocks[0], *next = &blocks[1];
-  Prefetcher<KV> ahead(p, head_begin, heads);
+  Prefetcher<KV> ahead(p, heads);
   if (item.kv_begin < item.kv_end) {
-    next->find(k_rows, v_rows, item.kv_begin, item.kv_end);
+    next->find(k_rows, v_rows, item.kv_begin, item.kv_end, head_begin);
   }
   for (int32_t first = item.kv_begin; first < item.kv_end; first += kStreamKeys) {
     StreamBlock<KV>* const swap = block;
     block = next, next = swap;
     next->count = 0;
-    if (first + kStreamKeys < item.kv_end) next->find(k_rows, v_rows, first + kStreamKeys, item.kv_end);
-    ahead.start(next);
+    if (first + kStreamKeys < item.kv_end) next->find(k_rows, v_rows, first + kStreamKeys, item.kv_end, head_begin);
+    ahead.start(next->k, next->v, next->count);
     const int32_t count = block->count;
     for (int32_t h = 0; h < heads; ++h) {
-      const int64_t k_head = (head_begin + h) * p.k_stride_head, v_head = (head_begin + h) * p.v_stride_head;
+      const int64_t k_head = h * p.k_stride_head, v_head = h * p.v_stride_head;
       alignas(64) float k_scale[kStreamKeys], v_scale[kStreamKeys];
       BlockScale scale{p.softmax_scale * kLog2E, p.softcap, nullptr, nullptr};
       if constexpr (sizeof(KV) == 1) {

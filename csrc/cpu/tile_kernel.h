@@ -71,24 +71,23 @@ SARATHI_INLINE void convert_row(const T* from, int32_t head_dim, uint32_t* to) {
   }
 }
 
-// q[d][row] of one panel of RV vectors, from the query rows; `sign` -1, 0 or 1 makes the softmax scale positive.
+// q[d][row] of one panel, `width` rows wide, from the query rows; `sign` -1, 0 or 1 makes the softmax scale positive.
 template <class C, class T>
 void pack_q(const AttentionParams& p, const WorkItem& item, int32_t kv_head, int32_t first, int32_t rows, int32_t width,
-            float sign, uint32_t* staging, uint32_t* q) {
-  const int32_t depth = p.head_dim / C::kDepth;
-  for (int32_t r = 0; r < width; ++r) {
-    if (r >= rows) {
-      for (int32_t d = 0; d < depth; ++d) q[d * width + r] = 0;
-      continue;
+            float sign, float* staging, uint32_t* q) {
+  const int32_t depth = p.head_dim / C::kDepth, stride = round_up(p.head_dim, kDimPanel);
+  for (int32_t r0 = 0; r0 < width; r0 += kLanes) {
+    for (int32_t r = 0; r < kLanes; ++r) {
+      uint32_t* to = reinterpret_cast<uint32_t*>(staging) + r * stride;
+      if (r0 + r < rows && sign != 0) {
+        const RowPlace place = place_of(p, item.q_begin, kv_head, first + r0 + r);
+        convert_row<C>(static_cast<const T*>(p.q) + place.token * p.q_stride_token + place.q_head * p.q_stride_head, p.head_dim, to);
+        for (int32_t d = 0; sign < 0 && d < depth; ++d) to[d] ^= C::kDepth == 1 ? 0x80000000u : 0x80008000u;
+      } else {
+        for (int32_t d = 0; d < depth; ++d) to[d] = 0;
+      }
     }
-    const RowPlace place = place_of(p, item.q_begin, kv_head, first + r);
-    const T* from = static_cast<const T*>(p.q) + place.token * p.q_stride_token + place.q_head * p.q_stride_head;
-    convert_row<C>(from, p.head_dim, staging);
-    for (int32_t d = 0; d < depth; ++d) {
-      uint32_t x = staging[d];
-      if (sign < 0) x ^= C::kDepth == 1 ? 0x80000000u : 0x80008000u;
-      q[d * width + r] = sign == 0 ? 0 : x;
-    }
+    for (int32_t d = 0; d < depth; d += kLanes) transpose(staging + d, stride, reinterpret_cast<float*>(q) + d * width + r0, width);
   }
 }
 
@@ -133,8 +132,8 @@ void pack_v(const T* const* rows, int32_t keys, int32_t head_dim, uint32_t* v) {
 // ---- the three steps on one panel of RV vectors of rows ----
 
 // s[key][row], keys rounded up to whole register blocks (their rows are zeros).
-template <class C, int RV>
-void scores(const uint32_t* const* k, int32_t keys, const uint32_t* q, int32_t depth, float* s) {
+template <class C, int RV, class Ahead>
+void scores(const uint32_t* const* k, int32_t keys, const uint32_t* q, int32_t depth, float* s, Ahead& ahead) {
   for (int32_t key = 0; key < keys; key += kM) {
     F acc[kM][RV];
 #pragma GCC unroll 8
@@ -149,6 +148,7 @@ void scores(const uint32_t* const* k, int32_t keys, const uint32_t* q, int32_t d
       typename C::Vector x[RV];
 #pragma GCC unroll 3
       for (int r = 0; r < RV; ++r) x[r] = C::load_operands(b + r * kLanes);
+      if (d % 2 == 0) ahead.step();
 #pragma GCC unroll 8
       for (int i = 0; i < kM; ++i) {
         const typename C::Vector a = C::broadcast(row[i] + d);
@@ -278,15 +278,16 @@ struct Panel {
   bool started;
 };
 
-template <class C, int RV>
+template <class C, int RV, class Ahead>
 void visit_block(const AttentionParams& p, const WorkItem& item, const TileScratch& t, const KeyBlock& block, Panel& panel, int32_t row_begin,
-                 float scale) {
+                 float scale, Ahead& ahead) {
   const int32_t from = max_of(panel.begin - block.first, 0) / kM * kM;
   const int32_t to = min_of(panel.end - block.first, block.count);
   if (from >= to) return;
+  const int32_t depth = p.head_dim / C::kDepth, dims = round_up(p.head_dim, kDimPanel);
   const int32_t keys = round_up(to - from, kM), first_key = block.first + from, at = panel.first_row;
   const bool tree = has_tree(p, item) && first_key + keys > item.kv_len - item.q_len;
-  scores<C, RV>(block.k + from, keys, t.q + at * p.head_dim / C::kDepth, p.head_dim / C::kDepth, t.s);
+  scores<C, RV>(block.k + from, keys, t.q + at * dims, depth, t.s, ahead);
   const bool plain = first_key >= panel.full_begin && first_key + keys <= panel.full_end && !tree && p.softcap == 0 && !block.k_scale;
   if (!plain) {
     mask_scores<RV>(p, t.s, keys, first_key, scale, block.k_scale ? block.k_scale + from : nullptr, t.lo + at, t.hi + at);
@@ -297,10 +298,10 @@ void visit_block(const AttentionParams& p, const WorkItem& item, const TileScrat
     scale = 1.0f;
   }
   const bool moved = softmax<C, RV>(t.s, keys, scale, block.v_scale ? block.v_scale + from : nullptr, t.m + at, t.l + at, t.alpha + at);
-  const int32_t depth = (min_of(keys, block.count - from) + C::kDepth - 1) / C::kDepth;
+  const int32_t operands = (min_of(keys, block.count - from) + C::kDepth - 1) / C::kDepth;
   const int32_t v_stride = (block.count + C::kDepth - 1) / C::kDepth * kDimPanel;
-  accumulate<C, RV>(block.v + from / C::kDepth * kDimPanel, v_stride, reinterpret_cast<const uint32_t*>(t.s), depth, p.head_dim,
-                    t.alpha + at, !panel.started, moved, t.o + static_cast<int64_t>(at) * p.head_dim);
+  accumulate<C, RV>(block.v + from / C::kDepth * kDimPanel, v_stride, reinterpret_cast<const uint32_t*>(t.s), operands, p.head_dim,
+                    t.alpha + at, !panel.started, moved, t.o + at * dims);
   panel.started = true;
 }
 
@@ -308,6 +309,7 @@ void visit_block(const AttentionParams& p, const WorkItem& item, const TileScrat
 template <class T, class KV, class C>
 void visit_tile(const AttentionParams& p, const WorkItem& item, int32_t kv_head, int32_t row_begin, int32_t rows, char* scratch) {
   const TileScratch t(scratch, p.head_dim);
+  const int32_t dims = round_up(p.head_dim, kDimPanel);
   // The sign of the scale goes into Q, so that a larger score is a larger logit; see softmax.
   const float sign = p.softmax_scale > 0 ? 1.0f : p.softmax_scale < 0 ? -1.0f : 0.0f;
   const float scale = sign == 0 ? kLog2E : sign * p.softmax_scale * kLog2E;
@@ -326,16 +328,22 @@ void visit_tile(const AttentionParams& p, const WorkItem& item, int32_t kv_head,
       if (t.lo[r] < t.hi[r]) panel.begin = min_of(panel.begin, t.lo[r]), panel.end = max_of(panel.end, t.hi[r]);
       panel.full_begin = max_of(panel.full_begin, t.lo[r]), panel.full_end = min_of(panel.full_end, t.hi[r]);
     }
-    pack_q<C, T>(p, item, kv_head, row_begin + at, n, vectors * kLanes, sign, reinterpret_cast<uint32_t*>(t.staging),
-                 t.q + at * p.head_dim / C::kDepth);
+    pack_q<C, T>(p, item, kv_head, row_begin + at, n, vectors * kLanes, sign, t.staging, t.q + at * dims);
   }
 
   const PagedRows<KV> k_rows = keys_of<KV>(p, item), v_rows = values_of<KV>(p, item);
-  for (int32_t first = item.kv_begin; first < item.kv_end; first += kBlockKeys) {
+  struct Rows { const KV *k[kBlockKeys], *v[kBlockKeys]; } rows_of_block[2];
+  Prefetcher<KV> ahead(p, 1);
+  k_rows.find(item.kv_begin, min_of(kBlockKeys, item.kv_end - item.kv_begin), kv_head, rows_of_block[0].k);
+  v_rows.find(item.kv_begin, min_of(kBlockKeys, item.kv_end - item.kv_begin), kv_head, rows_of_block[0].v);
+  int now = 0;
+  for (int32_t first = item.kv_begin; first < item.kv_end; first += kBlockKeys, now ^= 1) {
     KeyBlock block{{}, t.v, nullptr, nullptr, first, min_of(kBlockKeys, item.kv_end - first)};
-    const KV *k[kBlockKeys], *v[kBlockKeys];
-    k_rows.find(first, block.count, kv_head, k);
-    v_rows.find(first, block.count, kv_head, v);
+    const KV *const *k = rows_of_block[now].k, *const *v = rows_of_block[now].v;
+    const int32_t next = first + kBlockKeys, next_count = max_of(0, min_of(kBlockKeys, item.kv_end - next));
+    k_rows.find(next, next_count, kv_head, rows_of_block[now ^ 1].k);
+    v_rows.find(next, next_count, kv_head, rows_of_block[now ^ 1].v);
+    ahead.start(rows_of_block[now ^ 1].k, rows_of_block[now ^ 1].v, next_count);
     for (int32_t j = 0; j < block.count; ++j) {
       if constexpr (Direct<C, KV>::value) {
         block.k[j] = reinterpret_cast<const uint32_t*>(k[j]);
@@ -358,19 +366,24 @@ void visit_tile(const AttentionParams& p, const WorkItem& item, int32_t kv_head,
       block.k_scale = t.k_scale, block.v_scale = t.v_scale;
     }
     for (int32_t i = 0; i < num_panels; ++i) {
-      if (panels[i].vectors == 3) visit_block<C, 3>(p, item, t, block, panels[i], row_begin, scale);
-      else if (panels[i].vectors == 2) visit_block<C, 2>(p, item, t, block, panels[i], row_begin, scale);
-      else visit_block<C, 1>(p, item, t, block, panels[i], row_begin, scale);
+      if (panels[i].vectors == 3) visit_block<C, 3>(p, item, t, block, panels[i], row_begin, scale, ahead);
+      else if (panels[i].vectors == 2) visit_block<C, 2>(p, item, t, block, panels[i], row_begin, scale, ahead);
+      else visit_block<C, 1>(p, item, t, block, panels[i], row_begin, scale, ahead);
     }
   }
 
   for (int32_t i = 0; i < num_panels; ++i) {
     const int32_t at = panels[i].first_row, width = panels[i].vectors * kLanes;
-    for (int32_t r = at; r < min_of(rows, at + width); ++r) {
-      const float l = t.l[r], inverse = l > 0 ? 1.0f / l : 0.0f;
-      const float* column = t.o + static_cast<int64_t>(at) * p.head_dim + (r - at);
-      for (int32_t d = 0; d < p.head_dim; ++d) t.staging[d] = l > 0 ? column[d * width] * inverse : 0.0f;
-      finish_row<T>(p, item, kv_head, row_begin - item.row_begin + r, t.staging, l > 0 ? (t.m[r] + log2f(l)) * kLn2 : -kInfinity);
+    for (int32_t r0 = at; r0 < min_of(rows, at + width); r0 += kLanes) {
+      const F l = load(t.l + r0), inverse = div(set1(1.0f), l);
+      float* column = t.o + at * dims + (r0 - at);
+      for (int32_t d = 0; d < p.head_dim; ++d, column += width) store(column, where_greater(l, zero(), mul(load(column), inverse), zero()));
+      for (int32_t d = 0; d < p.head_dim; d += kLanes) transpose(t.o + at * dims + d * width + (r0 - at), width, t.staging + d, dims);
+      for (int32_t r = 0; r < min_of(kLanes, rows - r0); ++r) {
+        const float sum = t.l[r0 + r];
+        finish_row<T>(p, item, kv_head, row_begin - item.row_begin + r0 + r, t.staging + r * dims,
+                      sum > 0 ? (t.m[r0 + r] + log2f(sum)) * kLn2 : -kInfinity);
+      }
     }
   }
 }
