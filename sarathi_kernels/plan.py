@@ -8,6 +8,7 @@ The tables' columns are the fields of `WorkItem` and `MergeItem` in csrc/params.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ WORK_ITEM_FIELDS = (
 )  # fmt: skip
 MERGE_ITEM_FIELDS = ("request", "row_begin", "row_count", "q_begin", "q_len", "kv_len", "partial_row", "num_splits")
 DECODE_TILE, PREFILL_TILE = 0, 1
+_CPU = torch.device("cpu")
 
 
 class ItemCost(NamedTuple):
@@ -178,18 +180,36 @@ class Workspace:
 
     def __init__(self):
         self._buffers: dict[tuple[str, torch.device], torch.Tensor] = {}
+        # The last view of each buffer: a step often has its predecessor's shapes, and making views is most of a plan's cost.
+        self._views: dict[tuple[str, torch.device], tuple] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, zero: bool = False) -> torch.Tensor:
         """A tensor of `shape` over the buffer called `name`. `zero`: zero when first allocated (and left so by its users)."""
-        size = 1
-        for n in shape:
-            size *= n
-        buffer = self._buffers.get((name, device))
+        key, wanted = (name, device), (shape, dtype)
+        last = self._views.get(key)
+        if last is not None and last[0] == wanted:
+            return last[1]
+        size = math.prod(shape)
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
             make = torch.zeros if zero else torch.empty
             buffer = make(max(2 * size, 64), dtype=dtype, device=device)
-            self._buffers[name, device] = buffer
-        return buffer[:size].view(shape)
+            self._buffers[key] = buffer
+        view = buffer[:size].view(shape)
+        self._views[key] = wanted, view
+        return view
+
+    def take_tables(self, num_items: int, num_merges: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """One int32 block, so that a GPU needs one copy, and its parts: (block, counts, work_items, merge_items)."""
+        key, wanted = ("table parts", device), (num_items, num_merges)
+        block = self.take("tables", (4 + 12 * num_items + 8 * num_merges,), torch.int32, device)
+        last = self._views.get(key)
+        if last is not None and last[0] == wanted and last[1][0] is block:
+            return last[1]
+        items_end = 4 + 12 * num_items
+        parts = (block, block[:4], block[4:items_end].view(num_items, 12), block[items_end:].view(num_merges, 8))
+        self._views[key] = wanted, parts
+        return parts
 
 
 def plan(
@@ -258,13 +278,12 @@ def plan(
     )  # fmt: skip
     num_items, num_merges, num_partial_rows = draft.num_items, draft.num_merges, draft.num_partial_rows
     workspace = workspace or Workspace()
-    # One int32 block, so that a GPU needs one copy: counts, work items, merge items.
-    size = 4 + 12 * num_items + 8 * num_merges
-    tables = workspace.take("tables", (size,), torch.int32, torch.device("cpu"))
+    tables, counts, work_items, merge_items = workspace.take_tables(num_items, num_merges, _CPU)
     draft.write(tables.data_ptr())
     if device.type != "cpu":
-        on_device = workspace.take("tables", (size,), torch.int32, device)
-        tables = on_device.copy_(tables)
+        on_host = tables
+        tables, counts, work_items, merge_items = workspace.take_tables(num_items, num_merges, device)
+        tables.copy_(on_host)
     f32, heads = torch.float32, spec.num_kv_heads
     return AttentionPlan(
         spec=spec,
@@ -273,9 +292,9 @@ def plan(
         cu_seqlens_q=cu_seqlens_q.to(device),
         seqused_k=seqused_k.to(device),
         block_table=(table if device.type == "cpu" else block_table).to(device),
-        work_items=tables[4 : 4 + 12 * num_items].view(num_items, 12),
-        merge_items=tables[4 + 12 * num_items :].view(num_merges, 8),
-        counts=tables[:4],
+        work_items=work_items,
+        merge_items=merge_items,
+        counts=counts,
         partial_out=workspace.take("partial_out", (num_partial_rows, heads, spec.head_dim), f32, device),
         partial_lse=workspace.take("partial_lse", (num_partial_rows, heads), f32, device),
         counters=workspace.take("counters", (num_merges * heads + 4,), torch.int32, device, zero=True),
@@ -298,7 +317,7 @@ def _plan_on_device(spec, cu_seqlens_q, seqused_k, block_table, name, config, de
     items, merges, partial_rows = limits.capacity(spec, config, batch, block_table.shape[1] * spec.page_size)
     if partial_rows >= 2**31:
         raise ValueError(f"limits {limits} ask for {partial_rows} partial rows, more than 2^31: give kv_tokens, or larger splits")
-    tables = workspace.take("tables", (4 + 12 * items + 8 * merges,), torch.int32, device)
+    _, counts, work_items, merge_items = workspace.take_tables(items, merges, device)
     made = AttentionPlan(
         spec=spec,
         backend=name,
@@ -306,9 +325,9 @@ def _plan_on_device(spec, cu_seqlens_q, seqused_k, block_table, name, config, de
         cu_seqlens_q=cu_seqlens_q,
         seqused_k=seqused_k,
         block_table=block_table,
-        work_items=tables[4 : 4 + 12 * items].view(items, 12),
-        merge_items=tables[4 + 12 * items :].view(merges, 8),
-        counts=tables[:4],
+        work_items=work_items,
+        merge_items=merge_items,
+        counts=counts,
         partial_out=workspace.take("partial_out", (partial_rows, heads, spec.head_dim), torch.float32, device),
         partial_lse=workspace.take("partial_lse", (partial_rows, heads), torch.float32, device),
         counters=workspace.take("counters", (merges * heads + 4,), torch.int32, device, zero=True),

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from types import ModuleType
@@ -82,6 +83,7 @@ class AppendKvCall(NamedTuple):
     v_scale: torch.Tensor | None
 
 
+@functools.cache
 def get(name: str) -> ModuleType:
     """The backend's module. A backend whose toolchain is missing still imports; `supports` then says what is missing."""
     if name not in NAMES:
