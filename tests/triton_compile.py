@@ -55,15 +55,16 @@ def compile_launch(launch, arch):
     signature, constants, attributes = {}, {}, {}
     values = dict(zip(kernel.arg_names, args), **{k: v for k, v in options.items() if k in kernel.arg_names})
     for i, name in enumerate(kernel.arg_names):
-        value = values[name]
-        if kernel.params[i].is_constexpr or value is None or (value == 1 if isinstance(value, int) else False):
+        value, parameter = values[name], kernel.params[i]
+        special = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             aligned = value.storage_offset() * value.element_size() % 16 == 0
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
-            aligned = isinstance(value, int) and value % 16 == 0
+            aligned = special and value % 16 == 0
         if name not in constants and aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

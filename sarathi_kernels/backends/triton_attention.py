@@ -115,15 +115,14 @@ def attention(call: AttentionCall) -> None:
     arch = _arch(call.q.device)
     tiles = config.tiles(spec, arch)
     _check_strides(call, tiles.prefill_rows)
-    queue = call.counters[call.merge_items.shape[0] * spec.num_kv_heads :]
     programs = min(_num_sms(call.q.device) * tiles.programs_per_sm, call.work_items.shape[0] * spec.num_kv_heads)
     with _on(call.q.device):
         kernels.attention_kernel[(programs,)](
             call.q, as_bytes(call.k_cache), as_bytes(call.v_cache), call.out, call.lse, call.block_table, call.work_items,
-            call.merge_items, call.counts, call.partial_out, call.partial_lse, call.counters, queue,
+            call.merge_items, call.counts, call.partial_out, call.partial_lse, call.counters,
             call.sinks, call.tree_mask, call.k_scale, call.v_scale,
             *call.q.stride()[:2], *call.out.stride()[:2], *call.k_cache.stride()[:3], *call.v_cache.stride()[:3],
-            call.block_table.stride(0), call.q.shape[0], call.softmax_scale, call.softcap, call.window_left,
+            call.block_table.stride(0), call.q.shape[0], call.merge_items.shape[0], call.softmax_scale, call.softcap, call.window_left,
             **kernel_constants(spec, arch, call.causal, call.window_left >= 0, call.softcap > 0),
             num_warps=tiles.num_warps, maxnreg=tiles.max_registers,
         )  # fmt: skip

@@ -135,7 +135,7 @@ def append_kv_kernel(
         tl.store(rows[:, None] + HALF + d[None, :], second.to(q.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "num_states"])
 def merge_states_kernel(outs, lses, out, lse, rows, num_states, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr):
     """Shapes and meaning as in csrc/params.h, MergeParams."""
     row = tl.program_id(0).to(tl.int64) * STATE_ROWS + tl.arange(0, STATE_ROWS)

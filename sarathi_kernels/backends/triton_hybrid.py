@@ -318,19 +318,21 @@ def merge_splits(
         )  # fmt: skip
 
 
-@triton.jit
+# What changes from step to step must not be compiled in.
+@triton.jit(do_not_specialize=["block_table_stride", "total_q", "max_merges"])
 def attention_kernel(
-    q, k_cache, v_cache, out, lse, block_table, work_items, merge_items, counts, partial_out, partial_lse, counters, queue,
+    q, k_cache, v_cache, out, lse, block_table, work_items, merge_items, counts, partial_out, partial_lse, counters,
     sinks, tree_mask, k_scale, v_scale,
     q_stride_token, q_stride_head, out_stride_token, out_stride_head,
     k_stride_page, k_stride_slot, k_stride_head, v_stride_page, v_stride_slot, v_stride_head, block_table_stride,
-    total_q, softmax_scale, softcap, window_left,
+    total_q, max_merges, softmax_scale, softcap, window_left,
     GROUP: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KV: tl.constexpr,
     INTERPRET: tl.constexpr, PREFILL_ROWS: tl.constexpr, PREFILL_KEYS: tl.constexpr,
     PREFILL_STAGES: tl.constexpr, DECODE_ROWS: tl.constexpr, DECODE_KEYS: tl.constexpr, DECODE_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Shapes and meaning as in csrc/params.h, AttentionParams. queue [2]: next ticket, programs that are done; both end at 0."""
+    """Shapes and meaning as in csrc/params.h, AttentionParams. max_merges: arrival counters per kv head, used or not."""
+    queue = counters + max_merges * NUM_KV_HEADS  # the next ticket, then the programs that are done; both end at 0
     num_items = tl.load(counts)
     if num_items < 0:  # the planner found more work than its tables hold: no row may pass for a result
         d = tl.arange(0, HEAD_PAD)

@@ -78,7 +78,7 @@ def exclusive_sum(x):
     return tl.cumsum(x, 0) - x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "max_tiles", "max_merges"])
 def plan_tiles(
     cu_seqlens_q, seqused_k, tile_begin, tiles, merge_items, totals, batch, window_left, max_tiles, max_merges,
     STEPS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DECODE_ROWS: tl.constexpr,
@@ -142,7 +142,7 @@ def plan_tiles(
     tl.store(totals + TOTAL_PARTIAL_ROWS, num_partial_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_items"])
 def plan_items(
     cu_seqlens_q, seqused_k, tile_begin, tiles, totals, unsorted, keys, histograms, window_left, max_items,
     STEPS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DECODE_ROWS: tl.constexpr,
@@ -193,7 +193,7 @@ def plan_items(
         tl.store(histograms + tl.program_id(0) * KEYS + tl.arange(0, KEYS), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_items", "max_merges", "max_partial_rows"])
 def plan_offsets(totals, histograms, counts, max_items, max_merges, max_partial_rows):
     """histograms [programs, KEYS] becomes, in place, where each program's first item of each key goes. counts [4]."""
     items = tl.load(totals + TOTAL_ITEMS)
@@ -221,7 +221,7 @@ def plan_offsets(totals, histograms, counts, max_items, max_merges, max_partial_
     tl.store(counts + 3, tl.where(fits, partial_rows, 0).to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_items"])
 def plan_place(unsorted, keys, offsets, totals, work_items, max_items):
     """Copies each unsorted item to its place: behind all smaller keys and all earlier items of its own."""
     num_items = tl.minimum(tl.load(totals + TOTAL_ITEMS), max_items).to(tl.int32)
@@ -266,7 +266,7 @@ class Planner:
         )  # fmt: skip
         plan_tiles[(1,)](
             plan.cu_seqlens_q, plan.seqused_k, self.tile_begin, self.tiles, plan.merge_items, self.totals, batch, spec.window_left,
-            max_items, max_merges, STEPS=batch.bit_length(), **constants, num_warps=8,
+            max_items, max_merges, STEPS=batch.bit_length(), **constants, num_warps=8, maxnreg=255,
         )  # fmt: skip
         plan_items[(self.programs,)](
             plan.cu_seqlens_q, plan.seqused_k, self.tile_begin, self.tiles, self.totals, self.unsorted, self.keys, self.histograms,
