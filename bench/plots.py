@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 
+from bench.cases import NAMED
 from bench.rows import Report
 from sarathi_kernels import backends
 
@@ -73,24 +74,24 @@ def roofline(reports: list[Report], dtype: str, path: Path) -> Path | None:
             [intensity(r) for r in mine], [r["tflops"] * 1e3 for r in mine], label=name, color=colours[name], marker=MARKERS[i % len(MARKERS)],
             s=80 if ours else 38, zorder=4 if ours else 3, edgecolor="black" if ours else "none", linewidth=0.6,
         )  # fmt: skip
-    low, high = min(map(intensity, rows)) / 2.5, max(map(intensity, rows)) * 2.5
+    low, high = min(map(intensity, rows)) / 4, max(map(intensity, rows)) * 2.5
     x = np.geomspace(low, high, 200)
     axes.plot(x, np.minimum(peak, x * bandwidth), color="black", linewidth=1.2, zorder=2)
     unit = ("TFLOP/s", 1e-3) if peak > 5000 else ("GFLOP/s", 1.0)
     axes.annotate(f"matmul {peak * unit[1]:.4g} {unit[0]}", (high, peak), xytext=(-4, 5), textcoords="offset points", ha="right", fontsize=9)
-    axes.annotate(f"read {bandwidth:.4g} GB/s", (low, low * bandwidth), xytext=(12, 2), textcoords="offset points", ha="left", fontsize=9)
-    by_case: dict[str, tuple[float, float]] = {}
-    for r in rows:
-        x0, y0 = by_case.get(r["case"], (0.0, np.inf))
-        by_case[r["case"]] = (intensity(r), min(y0, r["tflops"] * 1e3))
-    if len(by_case) <= 12:  # names below the slowest competitor, staggered where two cases have nearly the same intensity
-        placed: list[float] = []
-        for case, (x0, y0) in sorted(by_case.items(), key=lambda item: item[1]):
-            crowd = sum(abs(np.log(x0 / other)) < 0.35 for other in placed)
-            placed.append(x0)
-            axes.annotate(case, (x0, y0), xytext=(0, -14 - 12 * crowd), textcoords="offset points", ha="center", fontsize=8, color="#444444")
+    slope = np.sqrt(low * peak / bandwidth)
+    axes.annotate(f"read {bandwidth:.4g} GB/s", (slope, slope * bandwidth), xytext=(-6, 4), textcoords="offset points", ha="right", fontsize=9)
+    bottom = min(r["tflops"] for r in rows) * 1e3 / 6
+    by_case = {r["case"]: intensity(r) for r in rows}
+    if len(by_case) > 12:
+        by_case = {case: x0 for case, x0 in by_case.items() if case.split("/")[0] in NAMED}
+    above = -np.inf
+    for case, x0 in sorted(by_case.items(), key=lambda item: item[1]):
+        axes.axvline(x0, color="#bbbbbb", linewidth=0.6, linestyle=":", zorder=1)
+        above = max(np.log10(x0), above + 0.02 * np.log10(high / low))  # names of cases of nearly the same intensity, side by side
+        axes.text(10**above, bottom * 1.15, case, rotation=90, ha="center", va="bottom", fontsize=7.5, color="#444444")
     axes.set(xscale="log", yscale="log", xlabel="arithmetic intensity, FLOP per byte that must be read or written", ylabel="achieved GFLOP/s")
-    axes.set_ylim(bottom=min(r["tflops"] for r in rows) * 1e3 / 4, top=2 * peak)
+    axes.set_ylim(bottom=bottom, top=2 * peak)
     axes.set_title(f"Attention against the measured roofline, {dtype}")
     axes.grid(True, which="both", alpha=0.15)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False)
