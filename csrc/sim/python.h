@@ -107,7 +107,7 @@ class RegisteredBuffers {
 // Guarded memory for Python: numpy views it through the buffer protocol. Registered while it lives.
 inline void bind_common(py::module_& m) {
   py::register_exception<Error>(m, "SimulatorError", PyExc_RuntimeError);
-  py::class_<GuardedBuffer<unsigned char>>(m, "GuardedBuffer", py::buffer_protocol())
+  py::class_<GuardedBuffer<unsigned char>>(m, "GuardedBuffer", py::buffer_protocol(), py::module_local())
       .def(py::init<std::string, size_t, bool>(), py::arg("name"), py::arg("bytes"), py::arg("writable") = true)
       .def_buffer([](const GuardedBuffer<unsigned char>& b) { return py::buffer_info(b.data(), static_cast<ssize_t>(b.size()), false); })
       .def_property_readonly("address", [](const GuardedBuffer<unsigned char>& b) { return reinterpret_cast<uintptr_t>(b.data()); });
