@@ -359,7 +359,7 @@ struct UnitRun {
     // A softcap is applied before the mask and the maximum, and a scale that is not positive would turn the maximum into
     // a minimum: both go into the scores themselves. Otherwise the scale rides along in the exponent's multiply-add.
     const bool transform = p.softcap > 0.0f || p.softmax_scale <= 0.0f;
-    const float scale = transform ? 1.0f : p.softmax_scale * kLog2E;
+    const float scale = p.softcap > 0.0f ? p.softmax_scale / p.softcap : transform ? p.softmax_scale : p.softmax_scale * kLog2E;
     const KeySpan clear = clear_span(p, item, token_of(0), token_of(item.row_count - 1));
     int ring = 0;  // slot of the current step
     for (int tile = 0; tile < num_tiles; ++tile) {
@@ -375,9 +375,9 @@ struct UnitRun {
       if (kFetchWithK) keep(fetched_tile, fetched);
       ring = ring + 1 == Tile::kSlots ? 0 : ring + 1;
       if constexpr (kCompute) {
-        if (transform) transform_scores(scores);
+        if (transform) transform_scores(scores, scale);
         if (key_of(tile, 0) < clear.begin || key_of(tile, Tile::kKeys) > clear.end) mask(tile, scores);
-        softmax.update(scores, out, scale);
+        softmax.update(scores, out, transform ? 1.0f : scale);
         pack_weights(scores, weights);
       }
 
@@ -389,15 +389,15 @@ struct UnitRun {
     }
   }
 
-  __device__ __forceinline__ void transform_scores(Scores& scores) const {
+  __device__ __forceinline__ void transform_scores(Scores& scores, float scale) const {
 #pragma unroll
     for (int f = 0; f < Tile::kRowFrags; ++f)
 #pragma unroll
       for (int j = 0; j < Tile::kKeyFrags; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float s = scores[f][j][e] * p.softmax_scale;
-          scores[f][j][e] = kLog2E * (p.softcap > 0.0f ? p.softcap * tanh_ex2(s / p.softcap) : s);
+          const float s = scores[f][j][e] * scale;
+          scores[f][j][e] = kLog2E * (p.softcap > 0.0f ? p.softcap * tanh_ex2(s) : s);
         }
   }
 

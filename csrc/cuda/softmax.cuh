@@ -22,7 +22,9 @@ __device__ __forceinline__ float natural_lse(const SoftmaxState& s) {
 }
 
 // tanh through exp2: absolute error about 1e-7, where the hardware's tanh has 5e-4, too much times a softcap of 50.
-__device__ __forceinline__ float tanh_ex2(float x) { return 1.0f - 2.0f / (ptx::exp2_approx(x * (2.0f * kLog2E)) + 1.0f); }
+__device__ __forceinline__ float tanh_ex2(float x) {
+  return 1.0f - 2.0f * ptx::rcp_approx(ptx::exp2_approx(x * (2.0f * kLog2E)) + 1.0f);
+}
 
 // The running softmax of the 16 * kFrags rows of a warp's tile, in the registers of an mma accumulator: lane l holds, of
 // fragment f, rows 16 f + l / 4 and + 8, and two columns of every eight. Sums are this lane's until `finish`.
