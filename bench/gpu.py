@@ -208,7 +208,7 @@ def plan_steps(work: Path, arch: str | None, gpu: str) -> list[Step]:
     return [
         Step("machine", 20, [python, "-c", MACHINE], optional=True),
         Step("build", 170, [*build, "--nvcc", str(nvcc), "--archs", str(arch)], can_build, environment=cutlass),
-        Step("tests", 100, [*pytest, "-v", *parallel, "tests/test_gpu.py"], built),
+        Step("tests", 100, [*pytest, "-v", *parallel, *sorted(str(p) for p in (ROOT / "tests").glob("test_*gpu.py"))], built),
         Step("micro", 40, [python, "-m", "bench.gpu_micro", "--json", str(work / "micro.json")], built),
         Step("attention", 110, [*bench, "attention", "--cases", cases, *quick, "--json", str(work / "attention.json")], built),
         Step("memcheck", 60, ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *pytest, "tests/test_gpu.py", "-k", "cuda and small"], sanitizer),
