@@ -307,6 +307,8 @@ def _plan_on_device(spec, cu_seqlens_q, seqused_k, block_table, name, config, de
     make_planner = getattr(backends.get(name), "DevicePlanner", None)
     if make_planner is None:
         raise ValueError(f"backend {name!r} has no planner on the device: make its plans without limits")
+    if device.index is None and device.type == block_table.device.type:
+        device = block_table.device
     for what, tensor in (("cu_seqlens_q", cu_seqlens_q), ("seqused_k", seqused_k), ("block_table", block_table)):
         if tensor.device != device or (tensor.numel() > 1 and tensor.stride(-1) != 1):
             raise ValueError(

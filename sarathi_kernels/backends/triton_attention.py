@@ -24,9 +24,11 @@ MAX_HEAD_DIM = 256
 def supports(problem: Problem) -> str | None:
     spec, device = problem
     if device.type == "cpu" and not config.interpreting():
-        return "Triton runs on GPUs; on CPU tensors only in its interpreter, with TRITON_INTERPRET=1 in the environment (slow, for tests)"
+        return "Triton runs on GPUs; on CPU tensors only in its slow interpreter, with TRITON_INTERPRET=1 in the environment"
     if device.type not in ("cpu", "cuda"):
         return f"Triton runs on CUDA GPUs, not on {device.type}"
+    if device.type == "cuda" and torch.version.hip:
+        return "its tile sizes are for NVIDIA GPUs; this PyTorch is built for AMD's"
     if device.type == "cuda" and config.interpreting():
         return "TRITON_INTERPRET=1 is set, which makes Triton run on CPU tensors only"
     if importlib.util.find_spec("triton") is None:
@@ -73,13 +75,6 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _spec_of(call: AttentionCall) -> AttentionSpec:
-    return AttentionSpec(
-        call.q.shape[1], call.k_cache.shape[2], call.q.shape[2], page_size=call.k_cache.shape[1], dtype=call.q.dtype,
-        kv_dtype=call.k_cache.dtype,
-    )  # fmt: skip
-
-
 def kv_kind(dtype: torch.dtype, arch: int) -> int:
     """How the kernels read a cache element: the KV_ constants of triton_hybrid."""
     from sarathi_kernels.backends import triton_hybrid as kernels
@@ -98,12 +93,15 @@ def as_bytes(cache: torch.Tensor) -> torch.Tensor:
 
 def _check_strides(call: AttentionCall, rows: int) -> None:
     """Offsets within a tile or a page are 32 bits wide in the kernel; those of tokens and pages are 64."""
-    for name, tensor, steps in (("q", call.q, rows), ("out", call.out, rows), ("k_cache", call.k_cache, 1), ("v_cache", call.v_cache, 1)):
-        reach = steps * tensor.stride(0) if name in ("q", "out") else tensor.shape[1] * tensor.stride(1)
+    for name, tensor in (("q", call.q), ("out", call.out), ("k_cache", call.k_cache), ("v_cache", call.v_cache)):
+        of_tile = tensor.ndim == 3
+        reach = rows * tensor.stride(0) if of_tile else tensor.shape[1] * tensor.stride(1)
         reach += tensor.shape[-2] * tensor.stride(-2)
         if reach >= 2**31:
-            what = "a tile's" if name in ("q", "out") else "a page's"
-            raise ValueError(f"{name}'s strides {tensor.stride()} spread {what} rows over {reach} elements; the Triton backend can reach 2^31 - 1")
+            raise ValueError(
+                f"{name}'s strides {tensor.stride()} spread a {'tile' if of_tile else 'page'}'s rows over {reach} elements; "
+                "the Triton backend reaches 2^31 - 1"
+            )
 
 
 def attention(call: AttentionCall) -> None:
@@ -111,32 +109,35 @@ def attention(call: AttentionCall) -> None:
 
     if call.work_items.shape[0] == 0:
         return
-    spec = _spec_of(call)
-    arch = _arch(call.q.device)
-    tiles = config.tiles(spec, arch)
+    num_kv_heads = call.k_cache.shape[2]
+    tiles, constants = kernel_constants(
+        call.q.shape[1], num_kv_heads, call.q.shape[2], call.k_cache.shape[1], call.q.dtype, call.k_cache.dtype,
+        _arch(call.q.device), call.causal, call.window_left >= 0, call.softcap > 0,
+    )  # fmt: skip
     _check_strides(call, tiles.prefill_rows)
-    programs = min(_num_sms(call.q.device) * tiles.programs_per_sm, call.work_items.shape[0] * spec.num_kv_heads)
+    programs = min(_num_sms(call.q.device) * tiles.programs_per_sm, call.work_items.shape[0] * num_kv_heads)
     with _on(call.q.device):
         kernels.attention_kernel[(programs,)](
             call.q, as_bytes(call.k_cache), as_bytes(call.v_cache), call.out, call.lse, call.block_table, call.work_items,
             call.merge_items, call.counts, call.partial_out, call.partial_lse, call.counters,
             call.sinks, call.tree_mask, call.k_scale, call.v_scale,
             *call.q.stride()[:2], *call.out.stride()[:2], *call.k_cache.stride()[:3], *call.v_cache.stride()[:3],
-            call.block_table.stride(0), call.q.shape[0], call.merge_items.shape[0], call.softmax_scale, call.softcap, call.window_left,
-            **kernel_constants(spec, arch, call.causal, call.window_left >= 0, call.softcap > 0),
-            num_warps=tiles.num_warps, maxnreg=tiles.max_registers,
+            call.block_table.stride(0), call.q.shape[0], call.merge_items.shape[0],
+            call.softmax_scale, call.softcap, call.window_left,
+            **constants, num_warps=tiles.num_warps, maxnreg=tiles.max_registers,
         )  # fmt: skip
 
 
-def kernel_constants(spec: AttentionSpec, arch: int, causal: bool, window: bool, softcap: bool) -> dict[str, int]:
-    """Compile-time arguments of `attention_kernel`."""
+@functools.lru_cache(maxsize=None)
+def kernel_constants(num_q_heads, num_kv_heads, head_dim, page_size, dtype, kv_dtype, arch, causal, window, softcap):
+    """The table's row for a model on an architecture, and the compile-time arguments of `attention_kernel`."""
+    spec = AttentionSpec(num_q_heads, num_kv_heads, head_dim, page_size=page_size, dtype=dtype, kv_dtype=kv_dtype)
     tiles = config.tiles(spec, arch)
-    return dict(
-        GROUP=spec.group, NUM_KV_HEADS=spec.num_kv_heads, HEAD_DIM=spec.head_dim, HEAD_PAD=config.head_pad(spec.head_dim),
-        PAGE_SIZE=spec.page_size, CAUSAL=causal, WINDOW=window, SOFTCAP=softcap, KV=kv_kind(spec.kv_dtype, arch),
-        INTERPRET=config.interpreting(), PREFILL_ROWS=tiles.prefill_rows, PREFILL_KEYS=tiles.prefill_keys,
-        PREFILL_STAGES=tiles.prefill_stages, DECODE_ROWS=config.decode_rows(spec, tiles), DECODE_KEYS=tiles.decode_keys,
-        DECODE_STAGES=tiles.decode_stages,
+    return tiles, dict(
+        GROUP=spec.group, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HEAD_PAD=config.head_pad(head_dim), PAGE_SIZE=page_size,
+        CAUSAL=causal, WINDOW=window, SOFTCAP=softcap, KV=kv_kind(kv_dtype, arch), INTERPRET=config.interpreting(),
+        PREFILL_ROWS=tiles.prefill_rows, PREFILL_KEYS=tiles.prefill_keys, PREFILL_STAGES=tiles.prefill_stages,
+        DECODE_ROWS=config.decode_rows(spec, tiles), DECODE_KEYS=tiles.decode_keys, DECODE_STAGES=tiles.decode_stages,
     )  # fmt: skip
 
 
@@ -156,8 +157,8 @@ def append_kv(call: AppendKvCall) -> None:
     with _on(device):
         kernels.append_kv_kernel[grid](
             call.k, call.v, as_bytes(call.k_cache), as_bytes(call.v_cache), call.slot_mapping, call.q, call.positions, call.cos_sin,
-            call.k_scale, call.v_scale, *call.k.stride()[:2], *call.v.stride()[:2], *(call.q.stride()[:2] if num_q_heads else (0, 0)),
-            *call.k_cache.stride()[:3], *call.v_cache.stride()[:3],
+            call.k_scale, call.v_scale,
+            *call.k.stride()[:2], *call.v.stride()[:2], *(call.q.stride()[:2] if num_q_heads else (0, 0)), *call.k_cache.stride()[:3], *call.v_cache.stride()[:3],
             **append_constants(num_q_heads, num_kv_heads, head_dim, call.k_cache.shape[1], call.k_cache.dtype,
                                0 if call.cos_sin is None else call.cos_sin.shape[1], _arch(device)),
         )  # fmt: skip
@@ -180,8 +181,8 @@ def append_constants(num_q_heads, num_kv_heads, head_dim, page_size, kv_dtype, r
     """Compile-time arguments of `append_kv_kernel`."""
     half, rest = rotary_dim // 2, head_dim - rotary_dim
     return dict(
-        NUM_Q_HEADS=num_q_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HEAD_PAD=config.head_pad(head_dim), PAGE_SIZE=page_size,
-        HALF=half, HALF_PAD=config.head_pad(half), REST=rest, REST_PAD=config.head_pad(rest), KV=kv_kind(kv_dtype, arch),
+        NUM_Q_HEADS=num_q_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, HEAD_PAD=config.head_pad(head_dim),
+        PAGE_SIZE=page_size, HALF=half, HALF_PAD=config.head_pad(half), REST=rest, REST_PAD=config.head_pad(rest), KV=kv_kind(kv_dtype, arch),
     )  # fmt: skip
 
 

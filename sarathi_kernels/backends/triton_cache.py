@@ -159,5 +159,6 @@ def merge_states_kernel(outs, lses, out, lse, rows, num_states, HEAD_DIM: tl.con
         m = m_new
     seen = l > 0
     l = tl.where(seen, l, 1.0)
-    tl.store(out + row[:, None] * HEAD_DIM + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=ok[:, None] & (d < HEAD_DIM)[None, :])
+    acc /= l[:, None]
+    tl.store(out + row[:, None] * HEAD_DIM + d[None, :], acc.to(out.dtype.element_ty), mask=ok[:, None] & (d < HEAD_DIM)[None, :])
     tl.store(lse + row, tl.where(seen, (m + tl.log2(l)) * LN2, float("-inf")), mask=ok)

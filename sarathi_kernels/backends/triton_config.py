@@ -7,7 +7,8 @@ is the compiler's figure, held by tests/test_triton_compile.py together with the
 
 Hypotheses for whoever has a GPU, in the order to try them: tensor descriptors (TMA) for K and V where the page holds whole
 blocks of keys, which would also free the address registers that keep head_dim 256 at 64 rows; warp specialisation of the key
-loops; 128 rows at head_dim 256 in spite of 16 spilled bytes, all outside the loops; two programs per SM for head_dim 64.
+loops; 128 rows at head_dim 256 in spite of 16 spilled bytes, all outside the loops; two programs per SM for head_dim 64;
+the wait after each wgmma (the PTX waits for all of them) hidden by computing the next block's scores before this one's output.
 """
 
 from __future__ import annotations

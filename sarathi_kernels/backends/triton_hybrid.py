@@ -138,7 +138,7 @@ def finish(m, l, sink):
 
 @triton.jit
 def unpack_rows(q_begin, row_begin, row_count, kv_head, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """Packed rows [row_begin, row_begin + ROWS) as (row of the first token, tokens from it [ROWS], query heads [ROWS], valid [ROWS]).
+    """Packed rows [row_begin, row_begin + ROWS): q row of the first token, then, each [ROWS], tokens from it, query heads, valid.
 
     The first is 64 bits wide, so that what is added to it per row can be 32: the launch checks that it suffices.
     """
@@ -225,7 +225,9 @@ def attend(
             else:
                 start = (first + lead + i) * KEYS
             page, slot, exists = locate(pages, start, kv_begin, kv_end, masked, PAGE_SIZE, KEYS)
-            k_tile = load_kv(k_cache, page, slot, exists, k_stride_page, k_stride_slot, dtype, masked, KV, HEAD_DIM, HEAD_PAD, INTERPRET)
+            k_tile = load_kv(
+                k_cache, page, slot, exists, k_stride_page, k_stride_slot, dtype, masked, KV, HEAD_DIM, HEAD_PAD, INTERPRET
+            )
             s = dot(q_tile, tl.trans(k_tile), tl.zeros([ROWS, KEYS], tl.float32), INTERPRET) * scale
             if KV == KV_INT8:
                 s *= load_token_scale(k_scale, page, slot, exists, kv_head, PAGE_SIZE, NUM_KV_HEADS)[None, :]
@@ -250,7 +252,9 @@ def attend(
             shrink = tl.exp2(m - m_safe)
             l = l * shrink + tl.sum(p, 1)
             m = m_new
-            v_tile = load_kv(v_cache, page, slot, exists, v_stride_page, v_stride_slot, dtype, masked, KV, HEAD_DIM, HEAD_PAD, INTERPRET)
+            v_tile = load_kv(
+                v_cache, page, slot, exists, v_stride_page, v_stride_slot, dtype, masked, KV, HEAD_DIM, HEAD_PAD, INTERPRET
+            )
             if KV == KV_INT8:
                 p *= load_token_scale(v_scale, page, slot, exists, kv_head, PAGE_SIZE, NUM_KV_HEADS)[None, :]
             acc = dot(p.to(dtype), v_tile, acc * shrink[:, None], INTERPRET)
@@ -269,7 +273,8 @@ def attend(
     if partial_row >= 0:
         first_at = partial_row.to(tl.int64) * NUM_KV_HEADS + kv_head
         row_at = tl.arange(0, ROWS) * NUM_KV_HEADS
-        tl.store(partial_out + first_at * HEAD_DIM + (row_at * HEAD_DIM)[:, None] + d[None, :], acc, mask=tile_mask(ok, HEAD_DIM, HEAD_PAD))
+        rows_at = partial_out + first_at * HEAD_DIM + (row_at * HEAD_DIM)[:, None] + d[None, :]
+        tl.store(rows_at, acc, mask=tile_mask(ok, HEAD_DIM, HEAD_PAD))
         tl.store(partial_lse + first_at + row_at, row_lse, mask=ok)
     else:
         write_rows(
@@ -379,7 +384,8 @@ def attention_kernel(
             if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
                 merge_splits(
                     out, lse, partial_out, partial_lse, sinks, out_stride_token, out_stride_head, tl.load(item + ROW_BEGIN),
-                    tl.load(item + ROW_COUNT), tl.load(item + Q_BEGIN), tl.load(merge + MERGE_PARTIAL_ROW), num_splits, kv_head, GROUP, NUM_KV_HEADS, HEAD_DIM, HEAD_PAD,
+                    tl.load(item + ROW_COUNT), tl.load(item + Q_BEGIN), tl.load(merge + MERGE_PARTIAL_ROW), num_splits, kv_head,
+                    GROUP, NUM_KV_HEADS, HEAD_DIM, HEAD_PAD,
                 )  # fmt: skip
                 tl.store(arrivals, 0)
         ticket = tl.atomic_add(queue, 1)
