@@ -185,3 +185,11 @@ def test_an_error_leaves_the_simulator_usable(sim, problem):
         assert outcome(sim, problem, "BarrierInHalfAWarp")[0] == "deadlock"
         assert outcome(sim, problem, "PlainLoadOutOfGlobal")[0] == "out_of_bounds"
     assert outcome(sim, problem, "None")[0] == "ok"
+
+
+def test_guarded_buffers_from_python(sim):
+    """Memory for callers that let a kernel touch it by plain loads: numpy writes it, the pages around it are not accessible."""
+    buffer = sim.GuardedBuffer("x", 100)
+    view = np.asarray(buffer)
+    view[:] = 7
+    assert view.nbytes == 100 and view.ctypes.data == buffer.address and buffer.address % 16 == 0

@@ -41,7 +41,9 @@ SARATHI_PTX uint64_t globaltimer() {
 SARATHI_PTX void cp_async_16(uint32_t smem, const void* gmem, int src_bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(src_bytes) : "memory");
 }
-SARATHI_PTX void cp_async_16(void* smem, const void* gmem, int src_bytes = 16) { cp_async_16(shared_address(smem), gmem, src_bytes); }
+SARATHI_PTX void cp_async_16(void* smem, const void* gmem, int src_bytes = 16) {
+  cp_async_16(shared_address(smem), gmem, src_bytes);
+}
 SARATHI_PTX void cp_async_8(uint32_t smem, const void* gmem, int src_bytes = 8) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(smem), "l"(gmem), "r"(src_bytes) : "memory");
 }
@@ -87,7 +89,9 @@ SARATHI_PTX void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <typename T>
-SARATHI_PTX void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_m16n8k16<T>(d, a, b[0], b[1]); }
+SARATHI_PTX void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_m16n8k16<T>(d, a, b[0], b[1]);
+}
 
 // ---- named barriers: `threads` is a multiple of 32 and the same at every arrival; id 0 is __syncthreads ----
 
@@ -121,7 +125,9 @@ SARATHI_PTX int atomic_add_acq_rel(int* p, int value) {
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(value) : "memory");
   return old;
 }
-SARATHI_PTX void red_release_add(int* p, int value) { asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory"); }
+SARATHI_PTX void red_release_add(int* p, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
 template <typename T>
 SARATHI_PTX T ld_acquire(const T* p) {
   static_assert(sizeof(T) == 4, "ld_acquire is for 4 bytes");

@@ -19,7 +19,9 @@ enum class Major { kK = 0, kMn = 1 };
 
 // ---- mbarriers: a phase ends when all arrivals and all expected bytes have come; a wait names the parity of the phase ----
 
-SARATHI_PTX void mbarrier_init(uint32_t bar, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory"); }
+SARATHI_PTX void mbarrier_init(uint32_t bar, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
 // Makes initialised mbarriers visible to the asynchronous proxy; a __syncthreads for the other threads comes after it.
 SARATHI_PTX void mbarrier_fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 SARATHI_PTX void mbarrier_arrive(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
@@ -36,7 +38,9 @@ SARATHI_PTX void mbarrier_wait(uint32_t bar, int parity) {
   }
 }
 // An arrival (counted in the barrier's count) when all cp.async that this thread has issued are there.
-SARATHI_PTX void cp_async_mbarrier_arrive(uint32_t bar) { asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory"); }
+SARATHI_PTX void cp_async_mbarrier_arrive(uint32_t bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
 // What was written to shared memory by plain stores and cp.async becomes visible to TMA and wgmma.
 SARATHI_PTX void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -55,17 +59,21 @@ SARATHI_PTX void tma_load_4d(uint32_t smem, const CUtensorMap* map, uint32_t bar
                ::"r"(smem), "l"(map), "r"(bar), "r"(x0), "r"(x1), "r"(x2), "r"(x3) : "memory");
 }
 SARATHI_PTX void tma_store_2d(const CUtensorMap* map, uint32_t smem, int x0, int x1) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(smem), "r"(x0), "r"(x1) : "memory");
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(smem), "r"(x0),
+      "r"(x1) : "memory");
 }
 SARATHI_PTX void tma_store_3d(const CUtensorMap* map, uint32_t smem, int x0, int x1, int x2) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(smem), "r"(x0), "r"(x1), "r"(x2) : "memory");
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(smem), "r"(x0),
+      "r"(x1), "r"(x2) : "memory");
 }
 SARATHI_PTX void tma_store_4d(const CUtensorMap* map, uint32_t smem, int x0, int x1, int x2, int x3) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(smem), "r"(x0), "r"(x1), "r"(x2), "r"(x3) : "memory");
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(smem),
+      "r"(x0), "r"(x1), "r"(x2), "r"(x3) : "memory");
 }
 SARATHI_PTX void prefetch_tensor_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 SARATHI_PTX void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem), "l"(gmem), "r"(bytes), "r"(bar) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem), "l"(gmem),
+      "r"(bytes), "r"(bar) : "memory");
 }
 SARATHI_PTX void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int kPendingGroups>
@@ -114,12 +122,14 @@ SARATHI_PTX uint64_t matrix_descriptor(uint32_t smem, uint32_t leading_bytes, ui
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type   \
                " {" SARATHI_REGS_##r "}, %" #a_at ", %" #b_at ", p, 1, 1, %" #ma_at ", %" #mb_at ";\n}"                           \
                : SARATHI_D##r(0)                                                                                                  \
-               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kMajorA)), "n"(static_cast<int>(kMajorB)))
+               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kMajorA)), \
+                 "n"(static_cast<int>(kMajorB)))
 #define SARATHI_WGMMA_RS(n, r, type, a0, a1, a2, a3, b_at, p_at, mb_at)                                                            \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type   \
                " {" SARATHI_REGS_##r "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_at ", p, 1, 1, %" #mb_at ";\n}"          \
                : SARATHI_D##r(0)                                                                                                  \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(kMajorB)))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), \
+                 "n"(static_cast<int>(kMajorB)))
 #define SARATHI_WGMMA_TYPED(form, n, r, ...)                            \
   if constexpr (kN == n) {                                              \
     if constexpr (kIsBfloat16) SARATHI_WGMMA_##form(n, r, "bf16", __VA_ARGS__); \

@@ -23,7 +23,8 @@ T shuffle(const char* name, uint32_t mask, T value, uint32_t source, Site site) 
   warp_collective(name, mask, &operand, [](Warp&, uint32_t lanes, void* const* operands) {
     for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
       auto* mine = static_cast<ShuffleOperand<T>*>(operands[__builtin_ctz(rest)]);
-      if (!(lanes >> mine->source & 1)) fail("divergence", "a shuffle reads lane " + std::to_string(mine->source) + ", which is not in its mask");
+      if (!(lanes >> mine->source & 1)) fail("divergence", "a shuffle reads lane " + std::to_string(mine->source) +
+          ", which is not in its mask");
       mine->result = static_cast<ShuffleOperand<T>*>(operands[mine->source])->value;
     }
   }, site);

@@ -1,5 +1,6 @@
-// A fiber is a stack and a place to continue: the simulator runs one per CUDA thread. On x86-64 a switch saves two
-// registers and lets the compiler keep what else it needs (a few nanoseconds); elsewhere it is ucontext, which also saves the signal mask and costs a system call.
+// A fiber is a stack and a place to continue: the simulator runs one per CUDA thread. On x86-64 a switch saves two registers
+// and lets the compiler keep what else it needs (about ten nanoseconds); elsewhere, or with SARATHI_SIM_UCONTEXT, it is
+// ucontext, which also saves the signal mask and costs a system call.
 #pragma once
 #include <cstddef>
 #include <vector>

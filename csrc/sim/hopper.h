@@ -90,7 +90,8 @@ struct TensorMap {
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap), "the map must fit the driver's size");
 
 // What cuTensorMapEncodeTiled checks. strides: bytes, of dimensions 1 .. rank - 1. Raises: Error launch.
-CUtensorMap encode_tensor_map(void* base, int element_bytes, const std::vector<uint64_t>& dims, const std::vector<uint64_t>& strides,
+CUtensorMap encode_tensor_map(void* base, int element_bytes, const std::vector<uint64_t>& dims,
+    const std::vector<uint64_t>& strides,
                               const std::vector<uint32_t>& box, Swizzle swizzle);
 void tma_load(uint32_t smem, const CUtensorMap* map, uint32_t bar, const std::vector<int>& at, Site site);
 void tma_store(const CUtensorMap* map, uint32_t smem, const std::vector<int>& at, Site site);

@@ -46,7 +46,8 @@ std::vector<PendingCopy> take_copies(Thread& t) {
 
 void cp_async(uint32_t shared, const void* from, uint32_t size, uint32_t bytes, Site site) {
   enter(site);
-  if (bytes > size) fail("bad_operand", "cp.async of " + std::to_string(size) + " bytes with a source of " + std::to_string(bytes));
+  if (bytes > size) fail("bad_operand", "cp.async of " + std::to_string(size) + " bytes with a source of " +
+      std::to_string(bytes));
   char* to = shared_pointer(shared, size, size, "cp.async destination");
   if (bytes > 0) {
     if (reinterpret_cast<uintptr_t>(from) % size != 0)

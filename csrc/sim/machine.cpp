@@ -130,14 +130,18 @@ void check_launch(const Config& c) {
   if (threads == 0 || threads > 1024) fail("launch", text(threads) + " threads per CTA; 1 to 1024 are possible");
   if (c.block.z > 64) fail("launch", "blockDim.z is " + text(c.block.z) + ", at most 64");
   if (c.grid.x == 0 || c.grid.y == 0 || c.grid.z == 0) fail("launch", "an empty grid");
-  if (c.grid.y > 65535 || c.grid.z > 65535) fail("launch", "grid (y, z) = (" + text(c.grid.y) + ", " + text(c.grid.z) + "), at most 65535");
+  if (c.grid.y > 65535 || c.grid.z > 65535) fail("launch", "grid (y, z) = (" + text(c.grid.y) + ", " + text(c.grid.z) +
+      "), at most 65535");
   if (c.smem_bytes > max_smem(c.arch))
-    fail("launch", text(c.smem_bytes) + " bytes of dynamic shared memory; sm_" + text(c.arch) + " has " + text(max_smem(c.arch)) + " per CTA");
+    fail("launch", text(c.smem_bytes) + " bytes of dynamic shared memory; sm_" + text(c.arch) + " has " +
+        text(max_smem(c.arch)) + " per CTA");
   // An SM holds one KiB more than the largest CTA may ask for, and every CTA costs one KiB of it.
   const size_t per_sm = max_smem(c.arch) + 1024;
   if (c.ctas_per_sm * (c.smem_bytes + 1024) > per_sm && c.ctas_per_sm > 1)
-    fail("launch", text(c.ctas_per_sm) + " CTAs of " + text(c.smem_bytes) + " bytes do not fit the " + text(per_sm) + " bytes of an SM");
-  if (c.ctas_per_sm * threads > 2048) fail("launch", text(c.ctas_per_sm) + " CTAs of " + text(threads) + " threads on an SM of 2048");
+    fail("launch", text(c.ctas_per_sm) + " CTAs of " + text(c.smem_bytes) + " bytes do not fit the " + text(per_sm) +
+        " bytes of an SM");
+  if (c.ctas_per_sm * threads > 2048) fail("launch", text(c.ctas_per_sm) + " CTAs of " + text(threads) +
+      " threads on an SM of 2048");
 }
 
 void empty_slot(std::unique_ptr<Cta>& slot) {

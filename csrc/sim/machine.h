@@ -233,7 +233,8 @@ inline void enter(Site site) {
 // that lane brought; it stays valid until `work` returns.
 using WarpWork = void (*)(Warp&, uint32_t mask, void* const* operands);
 Gathering& open_gathering(const char* name, uint32_t mask, Site site);
-inline __attribute__((always_inline)) void warp_collective(const char* name, uint32_t mask, void* operand, WarpWork work, Site site) {
+inline __attribute__((always_inline)) void warp_collective(const char* name, uint32_t mask, void* operand, WarpWork work,
+    Site site) {
   enter(site);
   Thread& t = self();
   Warp& warp = *t.warp;

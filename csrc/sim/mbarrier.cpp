@@ -37,11 +37,13 @@ Hopper::Hopper(Cta& cta) : wgmma(cta.warps.size()), wgmma_log((cta.warps.size() 
 
 void check_retired(Cta& cta) {
   for (const AsyncOp& op : machine.async_ops)
-    if (op.cta == &cta) fail("race", "block " + std::to_string(cta.linear_index) + " ended while " + op.what + " was under way, started at " + describe(op.site));
+    if (op.cta == &cta) fail("race", "block " + std::to_string(cta.linear_index) + " ended while " + op.what +
+        " was under way, started at " + describe(op.site));
   if (!cta.hopper) return;
   const Hopper& h = *cta.hopper;
   for (const auto& [thread, groups] : h.store_groups)
-    if (!groups.empty()) fail("race", "thread " + std::to_string(thread) + " ended without waiting for its bulk stores to read shared memory");
+    if (!groups.empty()) fail("race", "thread " + std::to_string(thread) +
+        " ended without waiting for its bulk stores to read shared memory");
   for (const auto& [thread, stores] : h.open_stores)
     if (!stores.empty()) fail("race", "thread " + std::to_string(thread) + " ended with a bulk store that it never committed");
   for (size_t w = 0; w < h.wgmma.size(); ++w) {
@@ -95,7 +97,8 @@ void settle(Cta& cta, Mbarrier& b) {
 }
 
 void arrive(Cta& cta, Mbarrier& b, uint32_t offset) {
-  if (b.pending == 0) fail("bad_operand", "one arrival too many on the mbarrier at shared byte " + std::to_string(offset) + " (count " + std::to_string(b.count) + ")");
+  if (b.pending == 0) fail("bad_operand", "one arrival too many on the mbarrier at shared byte " + std::to_string(offset) +
+      " (count " + std::to_string(b.count) + ")");
   --b.pending;
   settle(cta, b);
 }
@@ -112,7 +115,8 @@ void mbarrier_init(uint32_t bar, int count, Site site) {
   if (t.cta->races) t.cta->races->write(t, offset, 8);
   std::memcpy(bytes, words, 8);
   const int agent = h.mbarriers.count(offset) ? h.mbarriers[offset].agent : static_cast<int>(h.mbarriers.size());
-  if (agent >= RaceChecker::kAsyncAgents) fail("bad_operand", "more than " + std::to_string(RaceChecker::kAsyncAgents) + " mbarriers in a CTA");
+  if (agent >= RaceChecker::kAsyncAgents) fail("bad_operand", "more than " + std::to_string(RaceChecker::kAsyncAgents) +
+      " mbarriers in a CTA");
   Mbarrier& b = h.mbarriers[offset];
   b.count = b.pending = count;
   b.tx = 0;
@@ -165,7 +169,8 @@ void cp_async_mbarrier_arrive(uint32_t bar, Site site) {
   start_async({cta, "cp.async.mbarrier.arrive", site, [cta, b, bar, copies, gathered]() mutable {
                  for (PendingCopy& copy : copies) {
                    land(copy);
-                   if (cta->races) cta->races->finish_copy(b->agent, b->phase + 1, static_cast<uint32_t>(copy.to - cta->smem), copy.size, true);
+                   if (cta->races) cta->races->finish_copy(b->agent, b->phase + 1, static_cast<uint32_t>(copy.to - cta->smem),
+                       copy.size, true);
                  }
                  if (cta->races) b->gathered.add(gathered->take(cta->races->num_agents()));
                  arrive(*cta, *b, bar - kSharedBase);
@@ -218,7 +223,8 @@ void set_registers(int registers, bool increase, Site site) {
   Hopper& h = hopper();
   Thread& t = self();
   int& mine = h.registers[t.warp->index];
-  if (registers < 24 || registers > 256 || registers % 8 != 0) fail("bad_operand", std::string(name) + " to " + std::to_string(registers) + ": 24 to 256, by eights");
+  if (registers < 24 || registers > 256 || registers % 8 != 0) fail("bad_operand", std::string(name) + " to " +
+      std::to_string(registers) + ": 24 to 256, by eights");
   if (t.lane == 0) {
     if (increase ? registers < mine : registers > mine)
       fail("bad_operand", std::string(name) + " to " + std::to_string(registers) + " from " + std::to_string(mine));

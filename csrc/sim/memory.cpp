@@ -66,7 +66,8 @@ void SharedArena::check_canaries(const Cta& cta) {
   bool found;
   const ptrdiff_t offset = pages_[cta.slot]->find_changed_slack(kCanary, found);
   if (found)
-    fail("out_of_bounds", "a plain store changed byte " + std::to_string(offset) + " of the " + std::to_string(pages_[cta.slot]->size()) +
+    fail("out_of_bounds", "a plain store changed byte " + std::to_string(offset) + " of the " +
+        std::to_string(pages_[cta.slot]->size()) +
                               " bytes of shared memory of block " + std::to_string(cta.linear_index));
 }
 
@@ -85,16 +86,19 @@ GlobalMemory& global_memory() {
 
 void GlobalMemory::add(void* begin, size_t bytes, std::string name, bool writable, const GuardedPages* guard) {
   Buffer b{static_cast<char*>(begin), bytes, std::move(name), writable, guard};
-  const auto place = std::upper_bound(buffers_.begin(), buffers_.end(), b, [](const Buffer& x, const Buffer& y) { return x.begin < y.begin; });
+  const auto place = std::upper_bound(buffers_.begin(), buffers_.end(), b, [](const Buffer& x,
+      const Buffer& y) { return x.begin < y.begin; });
   buffers_.insert(place, std::move(b));
 }
 
 void GlobalMemory::remove(void* begin) {
-  buffers_.erase(std::remove_if(buffers_.begin(), buffers_.end(), [&](const Buffer& b) { return b.begin == begin; }), buffers_.end());
+  buffers_.erase(std::remove_if(buffers_.begin(), buffers_.end(), [&](const Buffer& b) { return b.begin == begin; }),
+      buffers_.end());
 }
 
 const GlobalMemory::Buffer* GlobalMemory::find(const void* address) const {
-  auto after = std::upper_bound(buffers_.begin(), buffers_.end(), address, [](const void* a, const Buffer& b) { return a < b.begin; });
+  auto after = std::upper_bound(buffers_.begin(), buffers_.end(), address, [](const void* a,
+      const Buffer& b) { return a < b.begin; });
   return after == buffers_.begin() ? nullptr : &*--after;
 }
 
@@ -109,11 +113,13 @@ void GlobalMemory::check(const void* address, size_t bytes, bool write, const ch
   const auto* p = static_cast<const char*>(address);
   if (b == nullptr || p + bytes > b->begin + b->bytes) {
     std::string where = b == nullptr ? "before every registered buffer"
-                                     : "bytes [" + std::to_string(p - b->begin) + ", " + std::to_string(p - b->begin + static_cast<ptrdiff_t>(bytes)) +
+                                     : "bytes [" + std::to_string(p - b->begin) + ", " + std::to_string(p - b->begin +
+                                         static_cast<ptrdiff_t>(bytes)) +
                                            ") of " + b->name + ", which has " + std::to_string(b->bytes);
     fail("out_of_bounds", std::string(what) + ": " + where);
   }
-  if (write && !b->writable) fail("out_of_bounds", std::string(what) + " writes " + b->name + ", which is registered as read-only");
+  if (write && !b->writable) fail("out_of_bounds", std::string(what) + " writes " + b->name +
+      ", which is registered as read-only");
 }
 
 // ---- weak stores ----
@@ -170,7 +176,8 @@ void WeakStores::drain() {
 
 void store_global(void* address, const void* value, size_t bytes) {
   Thread& t = self();
-  const bool now = machine.config.completion == Completion::kEager || (machine.config.completion == Completion::kRandom && random_below(2) == 0);
+  const bool now = machine.config.completion == Completion::kEager || (machine.config.completion == Completion::kRandom &&
+      random_below(2) == 0);
   if (!now) {
     t.stores.store(address, value, bytes);
     return;
@@ -217,12 +224,15 @@ void on_fault(int signal, siginfo_t* info, void*) {
   int slot;
   if (const GuardedPages* pages = shared_arena().find_guard(address, slot)) {
     const bool own = slot == self().cta->slot;
-    fail("out_of_bounds", "a plain access at byte " + std::to_string(static_cast<const char*>(address) - pages->data()) + " of the " +
+    fail("out_of_bounds", "a plain access at byte " + std::to_string(static_cast<const char*>(address) - pages->data()) +
+        " of the " +
                               std::to_string(pages->size()) + " bytes of shared memory of " + (own ? "its CTA" : "another CTA"));
   }
-  if (machine.stacks.is_guard(address)) fail("out_of_bounds", "the thread's stack of " + std::to_string(StackPool::kBytes) + " bytes overflows");
+  if (machine.stacks.is_guard(address)) fail("out_of_bounds", "the thread's stack of " + std::to_string(StackPool::kBytes) +
+      " bytes overflows");
   if (const auto* b = global_memory().find_guard(address))
-    fail("out_of_bounds", "a plain access at byte " + std::to_string(static_cast<const char*>(address) - b->begin) + " of " + b->name +
+    fail("out_of_bounds", "a plain access at byte " + std::to_string(static_cast<const char*>(address) - b->begin) + " of " +
+        b->name +
                               ", which has " + std::to_string(b->bytes));
   char text[32];
   std::snprintf(text, sizeof text, "%p", address);

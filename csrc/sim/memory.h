@@ -121,7 +121,8 @@ inline char* shared_pointer(uint32_t address, uint32_t bytes, uint32_t alignment
                               std::to_string(static_cast<int64_t>(address) - kSharedBase + bytes) + ") of " +
                               std::to_string(machine.config.smem_bytes) + " bytes of shared memory");
   if (offset % alignment != 0)
-    fail("misaligned", std::string(what) + ": shared offset " + std::to_string(offset) + " is not a multiple of " + std::to_string(alignment));
+    fail("misaligned", std::string(what) + ": shared offset " + std::to_string(offset) + " is not a multiple of " +
+        std::to_string(alignment));
   return self().cta->smem + offset;
 }
 

@@ -21,10 +21,18 @@ inline int smid() { return sim::self().cta->sm; }
 inline uint64_t globaltimer() { return sim::machine.stats.switches; }
 
 // ---- cp.async ----
-inline void cp_async_16(uint32_t smem, const void* gmem, int src_bytes = 16, Site site = {}) { sim::cp_async(smem, gmem, 16, src_bytes, site); }
-inline void cp_async_16(void* smem, const void* gmem, int src_bytes = 16, Site site = {}) { sim::cp_async(shared_address(smem, site), gmem, 16, src_bytes, site); }
-inline void cp_async_8(uint32_t smem, const void* gmem, int src_bytes = 8, Site site = {}) { sim::cp_async(smem, gmem, 8, src_bytes, site); }
-inline void cp_async_4(uint32_t smem, const void* gmem, int src_bytes = 4, Site site = {}) { sim::cp_async(smem, gmem, 4, src_bytes, site); }
+inline void cp_async_16(uint32_t smem, const void* gmem, int src_bytes = 16, Site site = {}) {
+  sim::cp_async(smem, gmem, 16, src_bytes, site);
+}
+inline void cp_async_16(void* smem, const void* gmem, int src_bytes = 16, Site site = {}) {
+  sim::cp_async(shared_address(smem, site), gmem, 16, src_bytes, site);
+}
+inline void cp_async_8(uint32_t smem, const void* gmem, int src_bytes = 8, Site site = {}) {
+  sim::cp_async(smem, gmem, 8, src_bytes, site);
+}
+inline void cp_async_4(uint32_t smem, const void* gmem, int src_bytes = 4, Site site = {}) {
+  sim::cp_async(smem, gmem, 4, src_bytes, site);
+}
 inline void cp_async_commit(Site site = {}) { sim::cp_async_commit(site); }
 template <int kPendingGroups>
 inline void cp_async_wait(Site site = {}) { sim::cp_async_wait(kPendingGroups, site); }
@@ -32,20 +40,30 @@ inline void cp_async_wait_all(Site site = {}) { sim::cp_async_wait(-1, site); }
 
 // ---- ldmatrix, mma ----
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem, Site site = {}) { sim::ldmatrix(r, smem, 4, false, site); }
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* smem, Site site = {}) { sim::ldmatrix(r, shared_address(smem, site), 4, false, site); }
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* smem, Site site = {}) {
+  sim::ldmatrix(r, shared_address(smem, site), 4, false, site);
+}
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t smem, Site site = {}) { sim::ldmatrix(r, smem, 4, true, site); }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* smem, Site site = {}) { sim::ldmatrix(r, shared_address(smem, site), 4, true, site); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* smem, Site site = {}) {
+  sim::ldmatrix(r, shared_address(smem, site), 4, true, site);
+}
 inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t smem, Site site = {}) { sim::ldmatrix(r, smem, 2, false, site); }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* smem, Site site = {}) { sim::ldmatrix(r, shared_address(smem, site), 2, false, site); }
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* smem, Site site = {}) {
+  sim::ldmatrix(r, shared_address(smem, site), 2, false, site);
+}
 inline void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t smem, Site site = {}) { sim::ldmatrix(r, smem, 2, true, site); }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* smem, Site site = {}) { sim::ldmatrix(r, shared_address(smem, site), 2, true, site); }
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* smem, Site site = {}) {
+  sim::ldmatrix(r, shared_address(smem, site), 2, true, site);
+}
 template <typename T>
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = {}) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>, "mma_m16n8k16 is for bfloat16 and half");
   sim::mma_m16n8k16(d, a, b0, b1, std::is_same_v<T, __nv_bfloat16>, site);
 }
 template <typename T>
-inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = {}) { mma_m16n8k16<T>(d, a, b[0], b[1], site); }
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = {}) {
+  mma_m16n8k16<T>(d, a, b[0], b[1], site);
+}
 
 // ---- barriers ----
 inline void bar_sync(int id, int threads, Site site = {}) { sim::barrier(id, threads, true, site); }

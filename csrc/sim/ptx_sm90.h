@@ -19,14 +19,28 @@ inline void cp_async_mbarrier_arrive(uint32_t bar, Site site = {}) { sim::cp_asy
 inline void fence_proxy_async(Site site = {}) { sim::fence_proxy_async(site); }
 
 // ---- bulk copies ----
-inline void tma_load_2d(uint32_t smem, const CUtensorMap* map, uint32_t bar, int x0, int x1, Site site = {}) { sim::tma_load(smem, map, bar, {x0, x1}, site); }
-inline void tma_load_3d(uint32_t smem, const CUtensorMap* map, uint32_t bar, int x0, int x1, int x2, Site site = {}) { sim::tma_load(smem, map, bar, {x0, x1, x2}, site); }
-inline void tma_load_4d(uint32_t smem, const CUtensorMap* map, uint32_t bar, int x0, int x1, int x2, int x3, Site site = {}) { sim::tma_load(smem, map, bar, {x0, x1, x2, x3}, site); }
-inline void tma_store_2d(const CUtensorMap* map, uint32_t smem, int x0, int x1, Site site = {}) { sim::tma_store(map, smem, {x0, x1}, site); }
-inline void tma_store_3d(const CUtensorMap* map, uint32_t smem, int x0, int x1, int x2, Site site = {}) { sim::tma_store(map, smem, {x0, x1, x2}, site); }
-inline void tma_store_4d(const CUtensorMap* map, uint32_t smem, int x0, int x1, int x2, int x3, Site site = {}) { sim::tma_store(map, smem, {x0, x1, x2, x3}, site); }
+inline void tma_load_2d(uint32_t smem, const CUtensorMap* map, uint32_t bar, int x0, int x1, Site site = {}) {
+  sim::tma_load(smem, map, bar, {x0, x1}, site);
+}
+inline void tma_load_3d(uint32_t smem, const CUtensorMap* map, uint32_t bar, int x0, int x1, int x2, Site site = {}) {
+  sim::tma_load(smem, map, bar, {x0, x1, x2}, site);
+}
+inline void tma_load_4d(uint32_t smem, const CUtensorMap* map, uint32_t bar, int x0, int x1, int x2, int x3, Site site = {}) {
+  sim::tma_load(smem, map, bar, {x0, x1, x2, x3}, site);
+}
+inline void tma_store_2d(const CUtensorMap* map, uint32_t smem, int x0, int x1, Site site = {}) {
+  sim::tma_store(map, smem, {x0, x1}, site);
+}
+inline void tma_store_3d(const CUtensorMap* map, uint32_t smem, int x0, int x1, int x2, Site site = {}) {
+  sim::tma_store(map, smem, {x0, x1, x2}, site);
+}
+inline void tma_store_4d(const CUtensorMap* map, uint32_t smem, int x0, int x1, int x2, int x3, Site site = {}) {
+  sim::tma_store(map, smem, {x0, x1, x2, x3}, site);
+}
 inline void prefetch_tensor_map(const CUtensorMap*) {}
-inline void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t bar, Site site = {}) { sim::bulk_load(smem, gmem, bytes, bar, site); }
+inline void bulk_load(uint32_t smem, const void* gmem, int bytes, uint32_t bar, Site site = {}) {
+  sim::bulk_load(smem, gmem, bytes, bar, site);
+}
 inline void bulk_commit(Site site = {}) { sim::bulk_commit(site); }
 template <int kPendingGroups>
 inline void bulk_wait(Site site = {}) { sim::bulk_wait(kPendingGroups, site); }
@@ -42,12 +56,14 @@ inline void wgmma_wait(Site site = {}) { sim::wgmma_wait(kPendingGroups, site); 
 template <typename T, int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK>
 inline void wgmma_ss(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate, Site site = {}) {
   static_assert(kN % 8 == 0 && kN >= 8 && kN <= 256 && (std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>));
-  sim::wgmma({{}, {}, a, b, kN, false, kMajorA == Major::kMn, kMajorB == Major::kMn, std::is_same_v<T, __nv_bfloat16>, accumulate, false, site}, d, nullptr, site);
+  sim::wgmma({{}, {}, a, b, kN, false, kMajorA == Major::kMn, kMajorB == Major::kMn, std::is_same_v<T, __nv_bfloat16>,
+      accumulate, false, site}, d, nullptr, site);
 }
 template <typename T, int kN, Major kMajorB = Major::kK>
 inline void wgmma_rs(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate, Site site = {}) {
   static_assert(kN % 8 == 0 && kN >= 8 && kN <= 256 && (std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>));
-  sim::wgmma({{}, {}, 0, b, kN, true, false, kMajorB == Major::kMn, std::is_same_v<T, __nv_bfloat16>, accumulate, false, site}, d, a, site);
+  sim::wgmma({{}, {}, 0, b, kN, true, false, kMajorB == Major::kMn, std::is_same_v<T, __nv_bfloat16>, accumulate, false, site},
+      d, a, site);
 }
 inline uint64_t matrix_descriptor(uint32_t smem, uint32_t leading_bytes, uint32_t stride_bytes, Swizzle swizzle) {
   return (smem & 0x3ffff) >> 4 | static_cast<uint64_t>((leading_bytes & 0x3ffff) >> 4) << 16 |

@@ -109,8 +109,10 @@ inline void bind_common(py::module_& m) {
   py::register_exception<Error>(m, "SimulatorError", PyExc_RuntimeError);
   py::class_<GuardedBuffer<unsigned char>>(m, "GuardedBuffer", py::buffer_protocol(), py::module_local())
       .def(py::init<std::string, size_t, bool>(), py::arg("name"), py::arg("bytes"), py::arg("writable") = true)
-      .def_buffer([](const GuardedBuffer<unsigned char>& b) { return py::buffer_info(b.data(), static_cast<ssize_t>(b.size()), false); })
-      .def_property_readonly("address", [](const GuardedBuffer<unsigned char>& b) { return reinterpret_cast<uintptr_t>(b.data()); });
+      .def_buffer([](const GuardedBuffer<unsigned char>& b) { return py::buffer_info(b.data(), static_cast<ssize_t>(b.size()),
+          false); })
+      .def_property_readonly("address",
+          [](const GuardedBuffer<unsigned char>& b) { return reinterpret_cast<uintptr_t>(b.data()); });
 }
 
 }  // namespace sarathi::sim

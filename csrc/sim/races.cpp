@@ -75,25 +75,29 @@ void RaceChecker::each_granule(uint32_t offset, uint32_t bytes, Visit visit) {
 void RaceChecker::check_writers(Thread& t, uint32_t granule, uint32_t words, const char* doing) {
   const Granule& g = granules_[granule];
   if (g.in_flight & words)
-    report(granule, std::string(doing) + " bytes to which a copy is still under way, started by " + name(g.mover) + " at " + describe(g.async_site));
+    report(granule, std::string(doing) + " bytes to which a copy is still under way, started by " + name(g.mover) + " at " +
+        describe(g.async_site));
   const int checked = g.one_writer ? 1 : 4;
   for (int w = 0; w < checked; ++w) {
     if (checked == 4 && !(words >> w & 1)) continue;
     const int writer = g.writer[w];
     if (writer != kNobody && writer != t.index && g.count[w] > (*t.knowledge)[writer])
-      report(granule, std::string(doing) + " bytes that " + name(writer) + " wrote at " + describe(g.write_site) + ", and nothing orders the two");
+      report(granule, std::string(doing) + " bytes that " + name(writer) + " wrote at " + describe(g.write_site) +
+          ", and nothing orders the two");
   }
 }
 
 void RaceChecker::check_readers(Thread& t, uint32_t granule, uint32_t words, const char* doing) {
   Granule& g = granules_[granule];
   if (g.async_readers > 0)
-    report(granule, std::string(doing) + " bytes that are still being read asynchronously for " + name(g.mover) + " since " + describe(g.async_site));
+    report(granule, std::string(doing) + " bytes that are still being read asynchronously for " + name(g.mover) + " since " +
+        describe(g.async_site));
   if (!g.was_read) return;
   for (int w = 0; w < num_warps_; ++w) {
     const Read& r = reads_[granule * num_warps_ + w];
     if ((r.words & words) && r.thread != t.index && r.count > (*t.knowledge)[r.thread])
-      report(granule, std::string(doing) + " bytes that " + name(r.thread) + " read at " + describe(r.site) + ", and nothing orders the two");
+      report(granule, std::string(doing) + " bytes that " + name(r.thread) + " read at " + describe(r.site) +
+          ", and nothing orders the two");
   }
 }
 
@@ -129,7 +133,8 @@ void RaceChecker::fence_proxy(Thread& t, const std::vector<uint32_t>* only) {
   size_t kept = 0;
   for (const uint32_t granule : unfenced_) {
     Granule& g = granules_[granule];
-    const bool meant = only == nullptr || std::any_of(only->begin(), only->end(), [&](uint32_t offset) { return offset / kGranule == granule; });
+    const bool meant = only == nullptr || std::any_of(only->begin(), only->end(),
+        [&](uint32_t offset) { return offset / kGranule == granule; });
     for (int w = 0; meant && w < 4; ++w) {
       const int writer = g.writer[w];
       if ((g.unfenced >> w & 1) && (writer == t.index || g.count[w] <= (*t.knowledge)[writer])) g.unfenced &= ~(1u << w);
@@ -144,7 +149,8 @@ void RaceChecker::check_fenced(Thread&, uint32_t offset, uint32_t bytes, const c
     const Granule& g = granules_[granule];
     for (int w = 0; w < 4; ++w)
       if (g.unfenced & words & 1u << w)
-        report(granule, std::string(doing) + " that " + name(g.writer[w]) + " wrote at " + describe(g.write_site) + ", without a fence.proxy.async in between");
+        report(granule, std::string(doing) + " that " + name(g.writer[w]) + " wrote at " + describe(g.write_site) +
+            ", without a fence.proxy.async in between");
   });
 }
 
@@ -201,11 +207,13 @@ void RaceChecker::finish_async_read(Thread& t, uint32_t offset, uint32_t bytes) 
 
 std::string RaceChecker::name(int agent) const {
   if (agent >= num_threads_) return "a bulk copy (agent " + std::to_string(agent - num_threads_) + ")";
-  return "thread " + std::to_string(agent) + " (warp " + std::to_string(agent / kWarpSize) + " lane " + std::to_string(agent % kWarpSize) + ")";
+  return "thread " + std::to_string(agent) + " (warp " + std::to_string(agent / kWarpSize) + " lane " +
+      std::to_string(agent % kWarpSize) + ")";
 }
 
 void RaceChecker::report(uint32_t granule, const std::string& message) const {
-  fail("race", "at shared byte " + std::to_string(granule * kGranule) + " of block " + std::to_string(cta_.linear_index) + ": the thread " + message);
+  fail("race", "at shared byte " + std::to_string(granule * kGranule) + " of block " + std::to_string(cta_.linear_index) +
+      ": the thread " + message);
 }
 
 }  // namespace sarathi::sim

@@ -125,7 +125,8 @@ std::string report_waiting() {
       if (t.waits_on >= 0) what += " " + std::to_string(t.waits_on);
       if (what.compare(0, 8, "barrier ") == 0) {
         const Barrier& b = cta->barriers[t.waits_on];
-        what += " (" + std::to_string(b.arrived) + " of " + std::to_string(b.whole_cta ? cta->live_threads : b.expected) + " arrived)";
+        what += " (" + std::to_string(b.arrived) + " of " + std::to_string(b.whole_cta ? cta->live_threads : b.expected) +
+            " arrived)";
       }
       what += " at " + describe(t.site);
       auto& line = lines.try_emplace(what, Line{0, &t}).first->second;

@@ -21,10 +21,12 @@ int span_of(Swizzle mode) {
 }
 
 const TensorMap& checked(const CUtensorMap* map, const std::vector<int>& at, const char* what) {
-  if (reinterpret_cast<uintptr_t>(map) % 64 != 0) fail("misaligned", std::string(what) + ": the tensor map must lie at a multiple of 64");
+  if (reinterpret_cast<uintptr_t>(map) % 64 != 0) fail("misaligned", std::string(what) +
+      ": the tensor map must lie at a multiple of 64");
   const auto& m = *reinterpret_cast<const TensorMap*>(map);
   if (m.magic != kMagic) fail("bad_operand", std::string(what) + ": this is no tensor map");
-  if (at.size() != m.rank) fail("bad_operand", std::string(what) + ": " + std::to_string(at.size()) + " coordinates for a map of rank " + std::to_string(m.rank));
+  if (at.size() != m.rank) fail("bad_operand", std::string(what) + ": " + std::to_string(at.size()) +
+      " coordinates for a map of rank " + std::to_string(m.rank));
   return m;
 }
 
@@ -78,7 +80,8 @@ void copy_in(const TensorMap& m, const std::vector<int>& at, uint32_t smem, char
       std::memcpy(&row[first * m.element_bytes], from + first * m.element_bytes, count * m.element_bytes);
       machine.stats.global_to_shared_bytes += count * m.element_bytes;
     }
-    each_chunk(smem + offset, row_bytes, m.swizzle, [&](uint32_t to, uint32_t i, uint32_t n) { std::memcpy(shared_base + to, &row[i], n); });
+    each_chunk(smem + offset, row_bytes, m.swizzle, [&](uint32_t to, uint32_t i, uint32_t n) { std::memcpy(shared_base + to,
+        &row[i], n); });
   });
 }
 
@@ -87,7 +90,8 @@ void copy_out(const TensorMap& m, const std::vector<int>& at, uint32_t smem, con
   std::vector<char> row(row_bytes);
   each_row(m, at, [&](char* to, int64_t first, int64_t count, uint32_t offset) {
     if (to == nullptr) return;
-    each_chunk(smem + offset, row_bytes, m.swizzle, [&](uint32_t from, uint32_t i, uint32_t n) { std::memcpy(&row[i], shared_base + from, n); });
+    each_chunk(smem + offset, row_bytes, m.swizzle, [&](uint32_t from, uint32_t i, uint32_t n) { std::memcpy(&row[i],
+        shared_base + from, n); });
     std::memcpy(to + first * m.element_bytes, &row[first * m.element_bytes], count * m.element_bytes);
     machine.stats.shared_to_global_bytes += count * m.element_bytes;
   });
@@ -116,11 +120,13 @@ void start_load(uint32_t smem, uint32_t bytes, uint32_t bar, const char* what, S
 
 }  // namespace
 
-CUtensorMap encode_tensor_map(void* base, int element_bytes, const std::vector<uint64_t>& dims, const std::vector<uint64_t>& strides,
+CUtensorMap encode_tensor_map(void* base, int element_bytes, const std::vector<uint64_t>& dims,
+    const std::vector<uint64_t>& strides,
                               const std::vector<uint32_t>& box, Swizzle swizzle) {
   const auto refuse = [](const std::string& why) { fail("launch", "tensor map: " + why); };
   const size_t rank = dims.size();
-  if (rank < 1 || rank > 5 || strides.size() != rank - 1 || box.size() != rank) refuse("rank " + std::to_string(rank) + " with " + std::to_string(strides.size()) + " strides and a box of " + std::to_string(box.size()));
+  if (rank < 1 || rank > 5 || strides.size() != rank - 1 || box.size() != rank) refuse("rank " + std::to_string(rank) +
+      " with " + std::to_string(strides.size()) + " strides and a box of " + std::to_string(box.size()));
   if (reinterpret_cast<uintptr_t>(base) % 16 != 0) refuse("the base must be a multiple of 16");
   TensorMap m{};
   m.magic = kMagic;
@@ -130,17 +136,20 @@ CUtensorMap encode_tensor_map(void* base, int element_bytes, const std::vector<u
   m.swizzle = swizzle;
   for (size_t d = 0; d < rank; ++d) {
     if (dims[d] == 0 || dims[d] > 1ull << 32) refuse("dimension " + std::to_string(d) + " is " + std::to_string(dims[d]));
-    if (box[d] == 0 || box[d] > 256) refuse("the box is " + std::to_string(box[d]) + " in dimension " + std::to_string(d) + "; 1 to 256 are possible");
+    if (box[d] == 0 || box[d] > 256) refuse("the box is " + std::to_string(box[d]) + " in dimension " + std::to_string(d) +
+        "; 1 to 256 are possible");
     m.dims[d] = static_cast<uint32_t>(std::min<uint64_t>(dims[d], UINT32_MAX));
     m.box[d] = box[d];
     if (d == 0) continue;
-    if (strides[d - 1] % 16 != 0 || strides[d - 1] >= 1ull << 40) refuse("stride " + std::to_string(strides[d - 1]) + " of dimension " + std::to_string(d) + " must be a multiple of 16 below 2^40");
+    if (strides[d - 1] % 16 != 0 || strides[d - 1] >= 1ull << 40) refuse("stride " + std::to_string(strides[d - 1]) +
+        " of dimension " + std::to_string(d) + " must be a multiple of 16 below 2^40");
     m.strides[d - 1] = strides[d - 1];
   }
   const uint32_t row_bytes = box[0] * element_bytes;
   if (row_bytes % 16 != 0) refuse("the box's rows have " + std::to_string(row_bytes) + " bytes, must be a multiple of 16");
   if (const int span = span_of(swizzle); span != 0 && row_bytes != static_cast<uint32_t>(span))
-    refuse("the box's rows have " + std::to_string(row_bytes) + " bytes, the swizzle " + std::to_string(span) + " (shorter rows are legal but not simulated)");
+    refuse("the box's rows have " + std::to_string(row_bytes) + " bytes, the swizzle " + std::to_string(span) +
+        " (shorter rows are legal but not simulated)");
   CUtensorMap map{};
   std::memcpy(&map, &m, sizeof m);
   return map;
@@ -158,7 +167,8 @@ void tma_load(uint32_t smem, const CUtensorMap* map, uint32_t bar, const std::ve
 void bulk_load(uint32_t smem, const void* from, uint32_t bytes, uint32_t bar, Site site) {
   enter(site);
   char* to = shared_pointer(smem, bytes, 16, "bulk copy's destination");
-  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("misaligned", "a bulk copy's source and size must be multiples of 16");
+  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("misaligned",
+      "a bulk copy's source and size must be multiples of 16");
   if (machine.config.check_global) global_memory().check(from, bytes, false, "bulk copy's source");
   start_load(smem, bytes, bar, "a bulk copy", site, [=](Cta&) {
     std::memcpy(to, from, bytes);
@@ -180,7 +190,8 @@ void tma_store(const CUtensorMap* map, uint32_t smem, const std::vector<int>& at
   store->offset = smem - kSharedBase;
   store->bytes = bytes;
   store->run = [=] { copy_out(m, at, smem, cta->smem); };
-  if (machine.config.completion == Completion::kEager || (machine.config.completion == Completion::kRandom && random_below(2) == 0)) {
+  if (machine.config.completion == Completion::kEager || (machine.config.completion == Completion::kRandom &&
+      random_below(2) == 0)) {
     store->run();
     store->done = true;
   }

@@ -18,7 +18,8 @@ Descriptor decode(uint64_t d, const char* which) {
   if (d >> 49 & 7) fail("bad_operand", std::string("wgmma descriptor of ") + which + ": a base offset is not simulated");
   const uint32_t atom = x.swizzle == Swizzle::k128 ? 0x380 : x.swizzle == Swizzle::k64 ? 0x180 : x.swizzle == Swizzle::k32 ? 0x80 : 0;
   if (x.start & atom)
-    fail("bad_operand", std::string("wgmma descriptor of ") + which + ": it starts at shared byte " + std::to_string(x.start - kSharedBase) +
+    fail("bad_operand", std::string("wgmma descriptor of ") + which + ": it starts at shared byte " +
+        std::to_string(x.start - kSharedBase) +
                             ", within the rows of a swizzle pattern, with base offset 0");
   return x;
 }
@@ -84,7 +85,8 @@ void run(Warp& warp, WgmmaOperand& op) {
     for (int lane = 0; lane < kWarpSize; ++lane)
       for (int i = 0; i < 4; ++i)
         for (int half = 0; half < 2; ++half)
-          a[lane % 4 * 2 + half + (i >> 1) * 8][lane / 4 + (i & 1) * 8] = widen(static_cast<uint16_t>(op.a[lane][i] >> 16 * half), op.bfloat16);
+          a[lane % 4 * 2 + half + (i >> 1) * 8][lane / 4 +
+              (i & 1) * 8] = widen(static_cast<uint16_t>(op.a[lane][i] >> 16 * half), op.bfloat16);
   } else {
     gather(smem, decode(op.descriptor_a, "A"), op.mn_major_a, op.bfloat16, first_row, 16, a);
   }
@@ -120,11 +122,13 @@ struct IssueOperand { const WgmmaOperand* shared; float* d; const uint32_t* a; }
 void issue(Warp& warp, uint32_t, void* const* operands) {
   Hopper* h = warp.cta->hopper.get();
   if (h == nullptr) fail("launch", "wgmma in a launch for sm_" + std::to_string(machine.config.arch));
-  if (warp.index / 4 * 4 + 4 > static_cast<int>(warp.cta->warps.size())) fail("bad_operand", "wgmma in a warpgroup of fewer than four warps");
+  if (warp.index / 4 * 4 + 4 > static_cast<int>(warp.cta->warps.size())) fail("bad_operand",
+      "wgmma in a warpgroup of fewer than four warps");
   auto op = std::make_unique<WgmmaOperand>(*static_cast<IssueOperand*>(operands[0])->shared);
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const auto& mine = *static_cast<IssueOperand*>(operands[lane]);
-    if (mine.shared->descriptor_a != op->descriptor_a || mine.shared->descriptor_b != op->descriptor_b || mine.shared->accumulate != op->accumulate)
+    if (mine.shared->descriptor_a != op->descriptor_a || mine.shared->descriptor_b != op->descriptor_b ||
+        mine.shared->accumulate != op->accumulate)
       fail("divergence", "lanes of a warp give wgmma different descriptors");
     op->d[lane] = mine.d;
     if (op->a_in_registers) std::memcpy(op->a[lane], mine.a, sizeof op->a[lane]);
@@ -132,10 +136,12 @@ void issue(Warp& warp, uint32_t, void* const* operands) {
   WgmmaQueue& queue = h->wgmma[warp.index];
   if (!queue.fenced) fail("race", "wgmma without a wgmma.fence since the registers could last be touched");
   // The four warps execute the same wgmma, each in its own time.
-  const uint64_t digest = (op->a_in_registers ? 0 : op->descriptor_a) * 31 + op->descriptor_b * 17 + static_cast<uint64_t>(op->n) * 4 + op->accumulate * 2 + op->bfloat16;
+  const uint64_t digest = (op->a_in_registers ? 0 : op->descriptor_a) * 31 + op->descriptor_b * 17 +
+      static_cast<uint64_t>(op->n) * 4 + op->accumulate * 2 + op->bfloat16;
   auto& log = h->wgmma_log[warp.index / 4];
   if (queue.issued == log.size()) log.push_back(digest);
-  else if (log[queue.issued] != digest) fail("divergence", "wgmma number " + std::to_string(queue.issued) + " differs between the warps of a warpgroup");
+  else if (log[queue.issued] != digest) fail("divergence", "wgmma number " + std::to_string(queue.issued) +
+      " differs between the warps of a warpgroup");
   ++queue.issued;
   Thread& reader = warp.threads[0];
   each_read(warp, *op, [&](uint32_t address) {
@@ -149,7 +155,8 @@ void issue(Warp& warp, uint32_t, void* const* operands) {
     }
   });
   queue.open.push_back(std::move(op));
-  if (machine.config.completion == Completion::kEager || (machine.config.completion == Completion::kRandom && random_below(2) == 0)) run_all(warp, queue);
+  if (machine.config.completion == Completion::kEager || (machine.config.completion == Completion::kRandom &&
+      random_below(2) == 0)) run_all(warp, queue);
 }
 
 void fence(Warp& warp, uint32_t, void* const*) {
@@ -172,7 +179,8 @@ void wait(Warp& warp, uint32_t, void* const* operands) {
     for (auto& op : queue.groups.front()) {
       run(warp, *op);
       any = true;
-      if (races != nullptr) each_read(warp, *op, [&](uint32_t address) { races->finish_async_read(warp.threads[0], address - kSharedBase, 16); });
+      if (races != nullptr) each_read(warp, *op, [&](uint32_t address) { races->finish_async_read(warp.threads[0],
+          address - kSharedBase, 16); });
     }
     queue.groups.pop_front();
   }

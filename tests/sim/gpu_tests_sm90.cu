@@ -9,7 +9,8 @@ using namespace sarathi::testing;
 
 // Not run here: that the warp-specialised kernel compiles is what counts.
 template __global__ void sarathi::testing::product_sm90<Sm90Bug::kNone>(const ProductSm90, const __grid_constant__ CUtensorMap,
-                                                                        const __grid_constant__ CUtensorMap, const __grid_constant__ CUtensorMap);
+                                                                        const __grid_constant__ CUtensorMap,
+                                                                            const __grid_constant__ CUtensorMap);
 
 // What a tensor map describes: an input (or -1: the output) of 16-bit elements. rank 0: no map.
 struct Tensor {
@@ -25,18 +26,22 @@ int encode(CUtensorMap* map, void* base, const Tensor& t) {
   cudaDriverEntryPointQueryResult found;
   const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
   if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return -2;
-  static constexpr CUtensorMapSwizzle kSwizzle[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_32B};
+  static constexpr CUtensorMapSwizzle kSwizzle[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_32B};
   const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry)(
-      map, CU_TENSOR_MAP_DATA_TYPE_UINT16, t.rank, base, reinterpret_cast<const cuuint64_t*>(t.dims), reinterpret_cast<const cuuint64_t*>(t.strides), t.box, ones,
+      map, CU_TENSOR_MAP_DATA_TYPE_UINT16, t.rank, base, reinterpret_cast<const cuuint64_t*>(t.dims),
+          reinterpret_cast<const cuuint64_t*>(t.strides), t.box, ones,
       CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzle[t.swizzle], CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
 }  // namespace
 
 // Returns a cudaError_t (or CUresult of the map's encoding), or -1 for a kernel that is not in the table.
-extern "C" int sarathi_gpu_test_sm90(const char* name, const void* const* inputs, const size_t* input_bytes, int num_inputs, void* out,
-                                     size_t out_bytes, const int* n, const Tensor* tensor, int grid, int block, size_t smem_bytes) {
+extern "C" int sarathi_gpu_test_sm90(const char* name, const void* const* inputs, const size_t* input_bytes, int num_inputs,
+    void* out,
+                                     size_t out_bytes, const int* n, const Tensor* tensor, int grid, int block,
+                                         size_t smem_bytes) {
   void (*kernel)(Args, CUtensorMap) = nullptr;
 #define ENTRY(candidate) \
   if (std::strcmp(name, #candidate) == 0) kernel = candidate;
@@ -56,7 +61,8 @@ extern "C" int sarathi_gpu_test_sm90(const char* name, const void* const* inputs
   for (int i = 0; i < num_inputs; ++i) args.in[i] = copy_in(inputs[i], input_bytes[i]);
   args.out = copy_in(out, out_bytes);
   CUtensorMap map{};
-  int error = tensor->rank > 0 ? encode(&map, tensor->which < 0 ? args.out : const_cast<void*>(args.in[tensor->which]), *tensor) : 0;
+  int error = tensor->rank > 0 ? encode(&map, tensor->which < 0 ? args.out : const_cast<void*>(args.in[tensor->which]),
+      *tensor) : 0;
   if (error == 0) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
     kernel<<<grid, block, smem_bytes>>>(args, map);

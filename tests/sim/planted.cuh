@@ -104,7 +104,8 @@ __global__ void product(const Product p) {
 
   float* partial = p.partials + blockIdx.x * 64 * 64;
   for (int n = 0; n < 8; ++n)
-    for (int i = 0; i < 4; ++i) ptx::st_global(partial + (warp * 16 + lane / 4 + i / 2 * 8) * 64 + n * 8 + lane % 4 * 2 + i % 2, acc[n][i]);
+    for (int i = 0; i < 4; ++i) ptx::st_global(partial + (warp * 16 + lane / 4 + i / 2 * 8) * 64 + n * 8 + lane % 4 * 2 + i % 2,
+        acc[n][i]);
   __syncthreads();
   auto* is_last = ptx::dynamic_smem<int>();
   if (thread == 0) {

@@ -35,7 +35,8 @@ constexpr int kStages = 3, kABytes = 64 * 128, kBBytes = 128 * 128, kStageBytes 
 constexpr int kSm90SharedBytes = kStages * kStageBytes + kCBytes + kStages * 16;
 
 template <Sm90Bug kBug>
-__global__ void product_sm90(const ProductSm90 p, const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
+__global__ void product_sm90(const ProductSm90 p, const __grid_constant__ CUtensorMap map_a,
+    const __grid_constant__ CUtensorMap map_b,
                              const __grid_constant__ CUtensorMap map_c) {
   unsigned char* const shared = ptx::dynamic_smem();
   const uint32_t smem = ptx::shared_address(shared), staged_c = smem + kStages * kStageBytes;
@@ -55,7 +56,8 @@ __global__ void product_sm90(const ProductSm90 p, const __grid_constant__ CUtens
     if (thread != 0) return;
     for (int i = 0; i < stages; ++i) {
       const int slot = i % kStages, round = i / kStages;
-      const uint32_t a = smem + slot * kStageBytes + (kBug == Sm90Bug::kTileMisaligned ? 64 : 0), b = smem + slot * kStageBytes + kABytes;
+      const uint32_t a = smem + slot * kStageBytes + (kBug == Sm90Bug::kTileMisaligned ? 64 : 0), b = smem + slot * kStageBytes +
+          kABytes;
       if (round > 0 && kBug != Sm90Bug::kNoWaitForFree) ptx::mbarrier_wait(free + slot * 8, (round - 1) & 1);
       const int off = kBug == Sm90Bug::kExpectsTooFewBytes ? -128 : kBug == Sm90Bug::kExpectsTooManyBytes ? 128 : 0;
       ptx::mbarrier_arrive_expect_tx(full + slot * 8, kStageBytes + off);
@@ -73,12 +75,14 @@ __global__ void product_sm90(const ProductSm90 p, const __grid_constant__ CUtens
   for (int i = 0; i < stages; ++i) {
     const int slot = i % kStages, round = i / kStages;
     ptx::mbarrier_wait(full + slot * 8, (kBug == Sm90Bug::kWrongParity ? round + 1 : round) & 1);
-    if (kBug == Sm90Bug::kBarrierOverwritten && i == 1 && thread == 128) ptx::st_shared(reinterpret_cast<int*>(shared + (full + slot * 8 - smem)), 0);
+    if (kBug == Sm90Bug::kBarrierOverwritten && i == 1 && thread == 128) ptx::st_shared(reinterpret_cast<int*>(shared + (full +
+        slot * 8 - smem)), 0);
     if (kBug != Sm90Bug::kNoWgmmaFence) ptx::wgmma_fence();
     for (int step = 0; step < 4; ++step) {
       if (kBug == Sm90Bug::kOneWarpFewer && warp == 3 && i == stages - 1 && step == 3) continue;
       const uint64_t a = ptx::matrix_descriptor(smem + slot * kStageBytes + step * 32, 16, 1024, swizzle);
-      const uint64_t b = ptx::matrix_descriptor(smem + slot * kStageBytes + kABytes + step * 32, 16, kBug == Sm90Bug::kWrongStride ? 2048 : 1024, swizzle);
+      const uint64_t b = ptx::matrix_descriptor(smem + slot * kStageBytes + kABytes + step * 32, 16,
+          kBug == Sm90Bug::kWrongStride ? 2048 : 1024, swizzle);
       ptx::wgmma_ss<__nv_bfloat16, 128>(acc, a, b, i > 0 || step > 0);
     }
     ptx::wgmma_commit();

@@ -47,7 +47,8 @@ sim::Config config_from(const py::kwargs& settings, sim::Config config = {}) {
   return config;
 }
 
-py::dict run(const std::string& name, const py::list& inputs, const py::buffer& out, const std::vector<int>& n, const py::kwargs& settings) {
+py::dict run(const std::string& name, const py::list& inputs, const py::buffer& out, const std::vector<int>& n,
+    const py::kwargs& settings) {
   static const std::map<std::string, void (*)(Args)> kKernels = {
 #define ENTRY(kernel) {#kernel, kernel},
       SARATHI_TEST_KERNELS(ENTRY)
@@ -60,7 +61,8 @@ py::dict run(const std::string& name, const py::list& inputs, const py::buffer& 
 }
 
 // `tensor`: what the map describes: (input number or -1 for the output, element bytes, dims, strides, box, swizzle), or None.
-py::dict run_sm90(const std::string& name, const py::list& inputs, const py::buffer& out, const std::vector<int>& n, const py::object& tensor,
+py::dict run_sm90(const std::string& name, const py::list& inputs, const py::buffer& out, const std::vector<int>& n,
+    const py::object& tensor,
                   const py::kwargs& settings) {
   static const std::map<std::string, void (*)(Args, CUtensorMap)> kKernels = {
 #define ENTRY(kernel) {#kernel, kernel},
@@ -72,8 +74,10 @@ py::dict run_sm90(const std::string& name, const py::list& inputs, const py::buf
   if (!tensor.is_none()) {
     const auto t = tensor.cast<py::tuple>();
     const int which = t[0].cast<int>();
-    map = sim::encode_tensor_map(which < 0 ? a.out->data() : a.inputs[which]->data(), t[1].cast<int>(), t[2].cast<std::vector<uint64_t>>(),
-                                 t[3].cast<std::vector<uint64_t>>(), t[4].cast<std::vector<uint32_t>>(), static_cast<sim::Swizzle>(t[5].cast<int>()));
+    map = sim::encode_tensor_map(which < 0 ? a.out->data() : a.inputs[which]->data(), t[1].cast<int>(),
+        t[2].cast<std::vector<uint64_t>>(),
+                                 t[3].cast<std::vector<uint64_t>>(), t[4].cast<std::vector<uint32_t>>(),
+                                     static_cast<sim::Swizzle>(t[5].cast<int>()));
   }
   sim::Config config;
   config.arch = 90;
@@ -82,7 +86,8 @@ py::dict run_sm90(const std::string& name, const py::list& inputs, const py::buf
   return sim::to_dict(stats);
 }
 
-py::dict run_product(const std::string& bug, const py::buffer& a, const py::buffer& b, const py::buffer& c, int k, int rows, const py::kwargs& settings) {
+py::dict run_product(const std::string& bug, const py::buffer& a, const py::buffer& b, const py::buffer& c, int k, int rows,
+    const py::kwargs& settings) {
   static const std::map<std::string, void (*)(Product)> kKernels = {
 #define ENTRY(bug) {#bug, product<k##bug>},
       SARATHI_PLANTED(ENTRY)
@@ -106,7 +111,8 @@ py::dict run_product(const std::string& bug, const py::buffer& a, const py::buff
   return dict;
 }
 
-py::dict run_product_sm90(const std::string& bug, const py::buffer& a, const py::buffer& b, const py::buffer& c, int k, const py::kwargs& settings) {
+py::dict run_product_sm90(const std::string& bug, const py::buffer& a, const py::buffer& b, const py::buffer& c, int k,
+    const py::kwargs& settings) {
   static const std::map<std::string, void (*)(ProductSm90, CUtensorMap, CUtensorMap, CUtensorMap)> kKernels = {
 #define ENTRY(bug) {#bug, product_sm90<Sm90Bug::k##bug>},
       SARATHI_PLANTED_SM90(ENTRY)
@@ -122,10 +128,12 @@ py::dict run_product_sm90(const std::string& bug, const py::buffer& a, const py:
   sim::configure(config, settings);
   const auto ga = guarded("a", a, false), gb = guarded("b", b, false), gc = guarded("c", c, true);
   const uint64_t width = k, pitch = width * 2;
-  const auto map = [](const Bytes& bytes, int element, uint64_t columns, uint64_t rows, uint64_t pitch_bytes, uint32_t box0, uint32_t box1, sim::Swizzle s) {
+  const auto map = [](const Bytes& bytes, int element, uint64_t columns, uint64_t rows, uint64_t pitch_bytes, uint32_t box0,
+      uint32_t box1, sim::Swizzle s) {
     return sim::encode_tensor_map(bytes.data(), element, {columns, rows}, {pitch_bytes}, {box0, box1}, s);
   };
-  const sim::Stats stats = sim::launch(config, kKernels.at(bug), ProductSm90{k}, map(*ga, 2, width, 64, pitch, 64, 64, sim::Swizzle::k128),
+  const sim::Stats stats = sim::launch(config, kKernels.at(bug), ProductSm90{k}, map(*ga, 2, width, 64, pitch, 64, 64,
+      sim::Swizzle::k128),
                                        map(*gb, 2, width, 128, pitch, 64, 128, sim::Swizzle::k128),
                                        map(*gc, 4, 128, 64, 512, 32, 64, sim::Swizzle::kNone));
   copy_back(*gc, c);
