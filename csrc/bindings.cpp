@@ -8,6 +8,7 @@
 
 #include "cpu/cpu.h"
 #include "cpu/isa.h"
+#include "cpu/linear.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -78,6 +79,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_attention", &run<AttentionParams, cpu::attention>);
   m.def("cpu_append_kv", &run<AppendKvParams, cpu::append_kv>);
   m.def("cpu_merge_states", &run<MergeParams, cpu::merge_states>);
+  m.def("cpu_linear", &run<cpu::LinearParams, cpu::linear>);
+  m.def("cpu_has_linear", &cpu::has_linear);
   m.def("cpu_isa", [] { return kernels().name; });
   m.def("cpu_set_isa", &set_isa);
   m.def("cpu_isas", [] {
