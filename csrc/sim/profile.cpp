@@ -55,8 +55,8 @@ void WarpProfile::count(const Key& key, const Request& request) {
     std::set<uintptr_t> sectors;
     for (int lane = 0; lane < kWarpSize; ++lane)
       if (request.lanes >> lane & 1)
-        for (uintptr_t s = request.address[lane] / 32; s <= (request.address[lane] +
-            request.bytes - 1) / 32; ++s) sectors.insert(s);
+        for (uintptr_t s = request.address[lane] / 32; s <= (request.address[lane] + request.bytes - 1) / 32; ++s)
+          sectors.insert(s);
     t.sectors += sectors.size();
     return;
   }
@@ -66,8 +66,8 @@ void WarpProfile::count(const Key& key, const Request& request) {
     std::set<uintptr_t> words[32];
     for (int lane = first; lane < first + group; ++lane)
       if (request.lanes >> lane & 1)
-        for (uintptr_t w = request.address[lane] / 4; w <= (request.address[lane] +
-            request.bytes - 1) / 4; ++w) words[w % 32].insert(w);
+        for (uintptr_t w = request.address[lane] / 4; w <= (request.address[lane] + request.bytes - 1) / 4; ++w)
+          words[w % 32].insert(w);
     size_t wavefronts = 0;
     for (const auto& bank : words) wavefronts = std::max(wavefronts, bank.size());
     t.wavefronts += wavefronts;

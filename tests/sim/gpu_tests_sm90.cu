@@ -39,9 +39,8 @@ int encode(CUtensorMap* map, void* base, const Tensor& t) {
 
 // Returns a cudaError_t (or CUresult of the map's encoding), or -1 for a kernel that is not in the table.
 extern "C" int sarathi_gpu_test_sm90(const char* name, const void* const* inputs, const size_t* input_bytes, int num_inputs,
-    void* out,
-                                     size_t out_bytes, const int* n, const Tensor* tensor, int grid, int block,
-                                         size_t smem_bytes) {
+                                     void* out, size_t out_bytes, const int* n, const Tensor* tensor, int grid, int block,
+                                     size_t smem_bytes) {
   void (*kernel)(Args, CUtensorMap) = nullptr;
 #define ENTRY(candidate) \
   if (std::strcmp(name, #candidate) == 0) kernel = candidate;

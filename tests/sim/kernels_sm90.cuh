@@ -56,8 +56,8 @@ __device__ __forceinline__ void wgmma_steps(const Args& a, const WgmmaPlaces& w,
   const auto swizzle = static_cast<ptx::Swizzle>(w.swizzle);
   uint32_t fragments[16][4];
   for (int step = 0; step < a.n[1]; ++step)
-    for (int i = 0; i < 4; ++i) fragments[step][i] = w.a_in_registers ? input<uint32_t>(a, 2)[(step * 128 + threadIdx.x) * 4 +
-        i] : 0;
+    for (int i = 0; i < 4; ++i)
+      fragments[step][i] = w.a_in_registers ? input<uint32_t>(a, 2)[(step * 128 + threadIdx.x) * 4 + i] : 0;
   ptx::wgmma_fence();
   for (int step = 0; step < a.n[1]; ++step) {
     const uint64_t da = ptx::matrix_descriptor(smem + w.a_start + step * w.a_step, w.a_leading, w.a_stride, swizzle);

@@ -56,8 +56,8 @@ __global__ void product_sm90(const ProductSm90 p, const __grid_constant__ CUtens
     if (thread != 0) return;
     for (int i = 0; i < stages; ++i) {
       const int slot = i % kStages, round = i / kStages;
-      const uint32_t a = smem + slot * kStageBytes + (kBug == Sm90Bug::kTileMisaligned ? 64 : 0), b = smem + slot * kStageBytes +
-          kABytes;
+      const uint32_t a = smem + slot * kStageBytes + (kBug == Sm90Bug::kTileMisaligned ? 64 : 0);
+      const uint32_t b = smem + slot * kStageBytes + kABytes;
       if (round > 0 && kBug != Sm90Bug::kNoWaitForFree) ptx::mbarrier_wait(free + slot * 8, (round - 1) & 1);
       const int off = kBug == Sm90Bug::kExpectsTooFewBytes ? -128 : kBug == Sm90Bug::kExpectsTooManyBytes ? 128 : 0;
       ptx::mbarrier_arrive_expect_tx(full + slot * 8, kStageBytes + off);
@@ -75,8 +75,8 @@ __global__ void product_sm90(const ProductSm90 p, const __grid_constant__ CUtens
   for (int i = 0; i < stages; ++i) {
     const int slot = i % kStages, round = i / kStages;
     ptx::mbarrier_wait(full + slot * 8, (kBug == Sm90Bug::kWrongParity ? round + 1 : round) & 1);
-    if (kBug == Sm90Bug::kBarrierOverwritten && i == 1 && thread == 128) ptx::st_shared(reinterpret_cast<int*>(shared + (full +
-        slot * 8 - smem)), 0);
+    if (kBug == Sm90Bug::kBarrierOverwritten && i == 1 && thread == 128)
+      ptx::st_shared(reinterpret_cast<int*>(shared + (full + slot * 8 - smem)), 0);
     if (kBug != Sm90Bug::kNoWgmmaFence) ptx::wgmma_fence();
     for (int step = 0; step < 4; ++step) {
       if (kBug == Sm90Bug::kOneWarpFewer && warp == 3 && i == stages - 1 && step == 3) continue;
