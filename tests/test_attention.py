@@ -205,6 +205,14 @@ def test_auto_says_what_it_chose_and_never_the_oracle(monkeypatch):
         inputs.plan("cpuu")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:7", "meta"])
+def test_every_backend_answers_for_every_device(device):
+    reasons = sk.backend_reasons(sk.AttentionSpec(8, 2, 64), device)
+    assert set(reasons) == set(backends.NAMES)
+    assert reasons["reference"] is None and all(reason is None or len(reason) > 10 for reason in reasons.values())
+    assert (reasons["cpu"] is None) == (device == "cpu")
+
+
 def test_unsupported_head_dim_names_the_backend_that_could():
     spec = sk.AttentionSpec(2, 1, 20)
     tables = (torch.tensor([0, 1], dtype=torch.int32), torch.tensor([1], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32))

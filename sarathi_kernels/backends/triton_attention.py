@@ -45,6 +45,8 @@ def supports(problem: Problem) -> str | None:
 
 
 def _device_reason(spec: AttentionSpec, device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return f"this torch ({torch.__version__}) sees no CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if config.arch_of(capability) is None:
         return f"no tile sizes for sm_{capability[0]}{capability[1]}; there are {', '.join(f'sm_{arch}' for arch in config.ARCHS)}"
