@@ -56,6 +56,7 @@ def test_unsupported_specs_say_why(spec, text, monkeypatch):
 )
 def test_devices(capability, shared, text, monkeypatch):
     monkeypatch.setattr(triton_attention.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(shared_memory_per_block_optin=shared))
     said = reason(make_spec((8, 2), 128, dtype=torch.bfloat16), CUDA)
