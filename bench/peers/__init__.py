@@ -63,9 +63,6 @@ def all_peers() -> dict[str, Peer]:
     return found
 
 
-# Helpers for adaptors ---------------------------------------------------------------------------------------------------
-
-
 def plain(inputs: Inputs) -> None:
     """Raises Unsupported unless the batch is plain causal attention over a cache of q's dtype: what every peer can do."""
     spec = inputs.spec
