@@ -1,12 +1,11 @@
 // Where Python meets the CUDA library: pointers as ints, sizes, a stream. Shapes, dtypes and strides were checked above.
 #include <pybind11/pybind11.h>
 
-#include <cstring>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 
 #include "cuda/api.h"
+#include "packed.h"
 
 namespace py = pybind11;
 using namespace sarathi;
@@ -21,17 +20,6 @@ int version(int (*get)(int*), const char* what) {
   int value = 0;
   check(get(&value), what);
   return value;
-}
-
-// An argument block as Python packed it, field by field as in params.h.
-template <typename Params>
-Params unpack(const py::bytes& packed) {
-  const auto text = static_cast<std::string_view>(packed);
-  if (text.size() != sizeof(Params))
-    throw py::value_error("argument block of " + std::to_string(text.size()) + " bytes, want " + std::to_string(sizeof(Params)));
-  Params params;
-  std::memcpy(&params, text.data(), sizeof params);
-  return params;
 }
 
 void* stream_of(uintptr_t stream) { return reinterpret_cast<void*>(stream); }

@@ -6,22 +6,12 @@
 #include "cuda/attention_sm80.cuh"
 #include "cuda/merge.cuh"
 #include "cuda/plan.cuh"
+#include "packed.h"
 
 namespace py = pybind11;
 using namespace sarathi;
 
 namespace {
-
-// An argument block as Python packed it, field by field as in params.h.
-template <class Params>
-Params unpack(const py::bytes& packed) {
-  const auto text = static_cast<std::string_view>(packed);
-  if (text.size() != sizeof(Params))
-    throw py::value_error("argument block of " + std::to_string(text.size()) + " bytes, want " + std::to_string(sizeof(Params)));
-  Params params;
-  std::memcpy(&params, text.data(), sizeof params);
-  return params;
-}
 
 template <typename Element>
 sim::Stats attention_sm80(sim::Config& config, const AttentionParams& p) {
