@@ -29,10 +29,8 @@ torch.library.register_fake("sarathi::append_kv", lambda *args: None, lib=LIBRAR
 
 def token_positions(plan: AttentionPlan) -> torch.Tensor:
     """Position of each query token in its request's sequence, [total_q] int32: kv_len - q_len + t."""
-    q_lens = plan.cu_seqlens_q[1:] - plan.cu_seqlens_q[:-1]
-    request = torch.repeat_interleave(q_lens, output_size=plan.total_q)
     shift = plan.seqused_k - plan.cu_seqlens_q[1:]
-    return torch.arange(plan.total_q, dtype=torch.int32, device=plan.device) + shift[request]
+    return torch.arange(plan.total_q, dtype=torch.int32, device=plan.device) + shift[_request_of_token(plan)]
 
 
 def slot_mapping(plan: AttentionPlan) -> torch.Tensor:
@@ -41,11 +39,13 @@ def slot_mapping(plan: AttentionPlan) -> torch.Tensor:
     A token at a negative position (q_len longer than kv_len) has no slot: -1.
     """
     position = token_positions(plan).to(torch.int64)
-    q_lens = plan.cu_seqlens_q[1:] - plan.cu_seqlens_q[:-1]
-    request = torch.repeat_interleave(q_lens, output_size=plan.total_q)
     page_size = plan.spec.page_size
-    page = plan.block_table[request, position.clamp(min=0) // page_size].to(torch.int64)
+    page = plan.block_table[_request_of_token(plan), position.clamp(min=0) // page_size].to(torch.int64)
     return torch.where(position >= 0, page * page_size + position % page_size, -1)
+
+
+def _request_of_token(plan: AttentionPlan) -> torch.Tensor:
+    return torch.repeat_interleave(plan.cu_seqlens_q.diff(), output_size=plan.total_q)
 
 
 def append_kv(
