@@ -7,7 +7,7 @@ merge_states: one program per block of rows; states are combined in their order,
 import triton
 import triton.language as tl
 
-from sarathi_kernels.backends.triton_hybrid import KV_FP8, KV_FP8_BITS, KV_INT8, LN2, LOG2E
+from sarathi_kernels.backends.triton_hybrid import KV_FP8, KV_FP8_BITS, KV_INT8, LOG2E, finish, join_state
 
 HEADS = tl.constexpr(8)
 STATE_ROWS = tl.constexpr(16)
@@ -150,15 +150,8 @@ def merge_states_kernel(outs, lses, out, lse, rows, num_states, HEAD_DIM: tl.con
         # A state that saw no key may hold anything, NaN included: it is not read.
         used = (ok & (s > float("-inf")))[:, None] & (d < HEAD_DIM)[None, :]
         value = tl.load(outs + at[:, None] * HEAD_DIM + d[None, :], mask=used, other=0).to(tl.float32)
-        m_new = tl.maximum(m, s)
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.exp2(s - m_safe)
-        shrink = tl.exp2(m - m_safe)
-        l = l * shrink + weight
-        acc = acc * shrink[:, None] + value * weight[:, None]
-        m = m_new
-    seen = l > 0
-    l = tl.where(seen, l, 1.0)
-    acc /= l[:, None]
+        m, l, acc = join_state(m, l, acc, s, value)
+    factor, row_lse = finish(m, l, None)
+    acc *= factor[:, None]
     tl.store(out + row[:, None] * HEAD_DIM + d[None, :], acc.to(out.dtype.element_ty), mask=ok[:, None] & (d < HEAD_DIM)[None, :])
-    tl.store(lse + row, tl.where(seen, (m + tl.log2(l)) * LN2, float("-inf")), mask=ok)
+    tl.store(lse + row, row_lse, mask=ok)

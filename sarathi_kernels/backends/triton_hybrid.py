@@ -137,6 +137,16 @@ def finish(m, l, sink):
 
 
 @triton.jit
+def join_state(m, l, acc, state_lse, value):
+    """Rows' running (m, l, acc) once a normalised state joins: value [ROWS, HEAD_PAD], state_lse [ROWS] in base 2."""
+    m_new = tl.maximum(m, state_lse)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    weight = tl.exp2(state_lse - m_safe)
+    shrink = tl.exp2(m - m_safe)
+    return m_new, l * shrink + weight, acc * shrink[:, None] + value * weight[:, None]
+
+
+@triton.jit
 def unpack_rows(q_begin, row_begin, row_count, kv_head, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """Packed rows [row_begin, row_begin + ROWS): q row of the first token, then, each [ROWS], tokens from it, query heads, valid.
 
@@ -305,13 +315,7 @@ def merge_splits(
                 partial_out + at[:, None] * HEAD_DIM + d[None, :], mask=tile_mask(ok, HEAD_DIM, HEAD_PAD), other=0,
                 cache_modifier=".cg",
             )  # fmt: skip
-            m_new = tl.maximum(m, s)
-            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            weight = tl.exp2(s - m_safe)
-            shrink = tl.exp2(m - m_safe)
-            l = l * shrink + weight
-            acc = acc * shrink[:, None] + value * weight[:, None]
-            m = m_new
+            m, l, acc = join_state(m, l, acc, s, value)
         first_token, token, q_head, _ = unpack_rows(q_begin, row_begin + begin, MERGE_ROWS, kv_head, GROUP, MERGE_ROWS)
         sink = None
         if sinks is not None:
