@@ -171,8 +171,12 @@ OUT_CAP = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch
 LSE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
 
-def check(inputs: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+def check(inputs: Inputs, out: torch.Tensor, lse: torch.Tensor | None, *, roundings: float = 0.0) -> None:
     """Holds a result against the oracle: error at most twice that of same-dtype PyTorch, plus 1e-5.
+
+    Args:
+        roundings: half units in the last place of the largest value that are allowed on top; for batches so small that
+            PyTorch may be exact by luck.
 
     Raises:
         AssertionError: saying where the worst element is.
@@ -180,6 +184,8 @@ def check(inputs: Inputs, out: torch.Tensor, lse: torch.Tensor | None) -> None:
     want, want_lse = inputs.oracle()
     dtype = inputs.spec.dtype
     bound = min(2 * max_error(eager_attention(inputs), want) + 1e-5, OUT_CAP[dtype])
+    if want.numel():
+        bound += roundings * torch.finfo(dtype).eps / 2 * float(want.abs().max())
     error = (out.to(torch.float64) - want).abs()
     worst = _where_worst(error)
     assert error.isfinite().all(), f"out is not finite at {worst} (token, head, dim)"
