@@ -67,6 +67,20 @@ def visible_keys(
 
 
 @triton.jit
+def tile_extent(
+    cu_seqlens_q, seqused_k, tile_begin, i, t, ok, window_left,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DECODE_ROWS: tl.constexpr, PREFILL_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Of tiles t, which belong to requests i: the request's first query row, query tokens, keys and packed rows; the tile's rows and keys."""
+    q_begin, q_len, rows, height = request_tiles(cu_seqlens_q, i, ok, GROUP, DECODE_ROWS, PREFILL_ROWS)
+    kv_len = tl.load(seqused_k + i, mask=ok, other=0)
+    row_begin = (t - tl.load(tile_begin + i, mask=ok, other=0)) * height
+    row_count = tl.minimum(height, rows - row_begin)
+    kv_begin, kv_end = visible_keys(q_len, kv_len, row_begin, row_count, window_left, GROUP, CAUSAL, WINDOW)
+    return q_begin, q_len, kv_len, rows, row_begin, row_count, kv_begin, kv_end
+
+
+@triton.jit
 def bucket_of(num_keys):
     x = (num_keys + 63) // 64 + 4
     log2 = (x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
@@ -104,11 +118,9 @@ def plan_tiles(
         t = start + lane
         ok = t < num_tiles
         i = search(tile_begin, 1, batch, t, STEPS)
-        q_begin, q_len, rows, height = request_tiles(cu_seqlens_q, i, ok, GROUP, DECODE_ROWS, PREFILL_ROWS)
-        kv_len = tl.load(seqused_k + i, mask=ok, other=0)
-        row_begin = (t - tl.load(tile_begin + i, mask=ok, other=0)) * height
-        row_count = tl.minimum(height, rows - row_begin)
-        kv_begin, kv_end = visible_keys(q_len, kv_len, row_begin, row_count, window_left, GROUP, CAUSAL, WINDOW)
+        q_begin, q_len, kv_len, rows, row_begin, row_count, kv_begin, kv_end = tile_extent(
+            cu_seqlens_q, seqused_k, tile_begin, i, t, ok, window_left, GROUP, CAUSAL, WINDOW, DECODE_ROWS, PREFILL_ROWS
+        )
         split = tl.where(rows > DECODE_ROWS, PREFILL_SPLIT, DECODE_SPLIT)
         splits = tl.where(kv_end > kv_begin, (kv_end - 1) // split - kv_begin // split + 1, 1)
         splits = tl.where(ok, splits, 0)
@@ -159,11 +171,9 @@ def plan_items(
         i = tl.load(tile + TILE_REQUEST, mask=ok, other=0)
         s = j - tl.load(tile + TILE_ITEM, mask=ok, other=0)
         merge = tl.load(tile + TILE_MERGE, mask=ok, other=-1)
-        q_begin, q_len, rows, height = request_tiles(cu_seqlens_q, i, ok, GROUP, DECODE_ROWS, PREFILL_ROWS)
-        kv_len = tl.load(seqused_k + i, mask=ok, other=0)
-        row_begin = (t - tl.load(tile_begin + i, mask=ok, other=0)) * height
-        row_count = tl.minimum(height, rows - row_begin)
-        kv_begin, kv_end = visible_keys(q_len, kv_len, row_begin, row_count, window_left, GROUP, CAUSAL, WINDOW)
+        q_begin, q_len, kv_len, rows, row_begin, row_count, kv_begin, kv_end = tile_extent(
+            cu_seqlens_q, seqused_k, tile_begin, i, t, ok, window_left, GROUP, CAUSAL, WINDOW, DECODE_ROWS, PREFILL_ROWS
+        )
         prefill_tile = (rows > DECODE_ROWS).to(tl.int32)
         split = tl.where(prefill_tile == 1, PREFILL_SPLIT, DECODE_SPLIT)
         # 64 bits: the end of the last, open range may lie beyond 2^31.
