@@ -1,11 +1,18 @@
-"""The CUDA backend's kernels on the CPU: its own argument packing, its own kernel source, launched in the host simulator."""
+"""The CUDA backend's kernels on the CPU: its own binding (on functions that only take notes), its own kernel source, launched
+in the host simulator. Every tensor moves into guarded memory for the launch: plain loads and stores beyond its ends are faults.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import sys
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
+import numpy as np
 import torch
 
 from sarathi_kernels.backends import AppendKvCall, AttentionCall, cuda
@@ -32,25 +39,70 @@ def attention_call(inputs: Inputs, config=None, out=None, plan=None) -> Attentio
     )  # fmt: skip
 
 
-def attention(inputs: Inputs, *, config=None, num_blocks: int = 4, out=None, plan=None, **settings):
+class Recorded(ctypes.Structure):
+    """An attention that the binding launched, as tests/sim/recorded_launches.cpp keeps it."""
+
+    _fields_ = [
+        ("params", ctypes.c_char * cuda.ATTENTION_PARAMS.size),
+        ("num_blocks", ctypes.c_int), ("stream", ctypes.c_void_p), ("device", ctypes.c_int),
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def recording():
+    """The backend on the recording binding, for CPU tensors. Gives a function that returns the latest attention."""
+    module = build.module("_cuda_recorded")
+    latest = ctypes.CDLL(module.__file__).sarathi_recorded_attention
+    latest.restype = ctypes.POINTER(Recorded)
+    with mock.patch.multiple(cuda, _cuda=module, _stream=lambda device: 7):
+        yield lambda: latest().contents
+
+
+def attention(inputs: Inputs, *, config=None, num_blocks: int = 4, out=None, plan=None, guard: bool = True, **settings):
     """(out, lse, stats) of the sm_80 kernel. settings: of the simulator: seed, completion, num_sms, ..."""
     call = attention_call(inputs, config, out, plan)
-    written = {"out", "lse", "partial_out", "partial_lse", "counters"}
-    stats = build.module("_sim").attention_sm80(cuda.attention_params(call), num_blocks, _buffers(call, written), **settings)
+    stats = launch(call, num_blocks, guard=guard, **settings)
     assert not call.counters.any(), "counters must be zero after every call"
     return call.out, call.lse, stats
 
 
+def launch(call: AttentionCall, num_blocks: int = 4, guard: bool = True, **settings) -> dict:
+    """One attention launch. guard=False: in the tensors' own memory, for those too large to move."""
+    with _moved(call, {"out", "lse", "partial_out", "partial_lse", "counters"}, guard) as (moved, buffers), recording() as latest:
+        cuda.attention(moved)
+        params = bytes(memoryview(latest()))[: cuda.ATTENTION_PARAMS.size]
+        return build.module("_sim").attention_sm80(params, num_blocks, buffers, **settings)
+
+
 def append_kv(call: AppendKvCall, **settings) -> dict:
-    written = {"k_cache", "v_cache", "q"}
-    return build.module("_sim").append_kv(cuda.append_kv_params(call), _buffers(call, written), **settings)
+    with _moved(call, {"k_cache", "v_cache", "q"}) as (moved, buffers):
+        return build.module("_sim").append_kv(cuda.append_kv_params(moved), buffers, **settings)
 
 
 def merge_states(outs, lses, **settings):
-    out, lse = torch.full(outs.shape[1:], torch.nan, dtype=outs.dtype), torch.full(lses.shape[1:], torch.nan)
-    buffers = [_buffer("outs", outs, False), _buffer("lses", lses, False), _buffer("out", out, True), _buffer("lse", lse, True)]
-    build.module("_sim").merge_states(cuda.merge_params(outs, lses, out, lse), buffers, **settings)
-    return out, lse
+    states = MergeCall(outs, lses, torch.full(outs.shape[1:], torch.nan, dtype=outs.dtype), torch.full(lses.shape[1:], torch.nan))
+    with _moved(states, {"out", "lse"}) as (moved, buffers):
+        build.module("_sim").merge_states(cuda.merge_params(*moved), buffers, **settings)
+    return states.out, states.lse
+
+
+class MergeCall(NamedTuple):
+    outs: torch.Tensor
+    lses: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+class PlanTables(NamedTuple):
+    """What the planner kernel reads and writes of an AttentionPlan, and its scratch."""
+
+    cu_seqlens_q: torch.Tensor
+    seqused_k: torch.Tensor
+    work_items: torch.Tensor
+    merge_items: torch.Tensor
+    counts: torch.Tensor
+    tile_begin: torch.Tensor
+    tiles: torch.Tensor
 
 
 def plan_on_device(plan, capacity=None, **settings):
@@ -64,19 +116,45 @@ def plan_on_device(plan, capacity=None, **settings):
         partial_out=torch.empty(partial_rows, *plan.partial_out.shape[1:]),
     )
     planner = cuda.DevicePlanner(made)
-    tensors = [("cu_seqlens_q", made.cu_seqlens_q, False), ("seqused_k", made.seqused_k, False), ("work_items", made.work_items, True)]
-    tensors += [("merge_items", made.merge_items, True), ("counts", made.counts, True)]
-    tensors += [("tile_begin", planner._tile_begin, True), ("tiles", planner._tiles, True)]
-    build.module("_sim").plan(planner.params(made), [_buffer(*t) for t in tensors if t[1].numel()], **settings)
+    tables = PlanTables(*(getattr(made, name) for name in PlanTables._fields[:5]), planner._tile_begin, planner._tiles)
+    with _moved(tables, set(PlanTables._fields[2:])) as (moved, buffers):
+        planner._tile_begin, planner._tiles = moved.tile_begin, moved.tiles
+        params = planner.params(dataclasses.replace(made, **{name: getattr(moved, name) for name in PlanTables._fields[:5]}))
+        build.module("_sim").plan(params, buffers, **settings)
     return made
 
 
-def _buffers(call, written):
-    tensors = {name: t for name, t in call._asdict().items() if isinstance(t, torch.Tensor)}
-    return [_buffer(name, t, name in written) for name, t in tensors.items() if t.numel()]
+@contextlib.contextmanager
+def _moved(call, written: set[str], guard: bool = True):
+    """(the call on guarded copies of its tensors, what else to register with the simulator). Copies `written` ones back."""
+    if not guard:
+        yield call, [_buffer(name, t, name in written) for name, t in _tensors(call).items()]
+        return
+    held, moved = [], {}
+    for name, tensor in _tensors(call).items():
+        span = _span(tensor)
+        shift = tensor.data_ptr() % 16  # a misaligned tensor stays one
+        pages = build.module("_sim").GuardedBuffer(name, shift + span.numel() * span.element_size(), name in written)
+        copy = torch.from_numpy(np.asarray(pages))[shift:].view(tensor.dtype)
+        copy.copy_(span)
+        held.append((name, span.view(torch.uint8), copy.view(torch.uint8), span.view(torch.uint8).clone()))
+        moved[name] = copy.as_strided(tensor.shape, tensor.stride())
+    yield call._replace(**moved), []
+    for name, span, copy, before in held:  # only what changed: tensors may lie in each other's gaps
+        if name in written:
+            torch.where(copy == before, span, copy, out=span)
+
+
+def _tensors(call) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in call._asdict().items() if isinstance(t, torch.Tensor) and t.numel()}
+
+
+def _span(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory from the tensor's first element to its last: gaps of a strided one are inside."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
+    return tensor.as_strided((last + 1,), (1,), tensor.storage_offset())
 
 
 def _buffer(name, tensor, writable):
-    """(address, bytes, name, writable) from the tensor's first element to its last: gaps of a strided one are inside."""
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
-    return tensor.data_ptr(), (last + 1) * tensor.element_size(), name, writable
+    """(address, bytes, name, writable)"""
+    return tensor.data_ptr(), _span(tensor).numel() * tensor.element_size(), name, writable

@@ -118,7 +118,7 @@ def test_the_cache_may_be_larger_than_two_to_the_31_elements():
     for cache, source in ((k_cache, small.k_cache), (v_cache, small.v_cache)):
         cache[table[0].long()] = source[small.block_table[0, :3].long()]
     far = small._replace(k_cache=k_cache, v_cache=v_cache, block_table=table)
-    out, lse, _ = cuda_sim.attention(far)
+    out, lse, _ = cuda_sim.attention(far, guard=False)
     expected, expected_lse, _ = cuda_sim.attention(small)
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
     check(small, out, lse)
@@ -133,6 +133,21 @@ def test_one_launch_moves_each_key_once_and_wastes_no_bank():
         q = 2 * 8 * dim * 2
         assert stats["global_to_shared_bytes"] == kv + q
         assert stats["ldmatrix_conflicts"] == 0
+
+
+@pytest.mark.parametrize("short", ["block_table", "sinks", "work_items"])
+def test_a_plain_load_beyond_its_buffer_is_caught(short):
+    """Planted: a table that ends early. What the kernel reads of it passes through no wrapper, only through the guard pages."""
+    inputs = make_inputs(Case("one", ((1, 200),), make_spec(sinks=True)), torch.bfloat16)
+    call = cuda_sim.attention_call(inputs)
+    cuda_sim.launch(call)
+    if short == "work_items":  # a count that promises one more than there is
+        call = call._replace(counts=call.counts + torch.tensor([1, 0, 0, 0], dtype=torch.int32))
+    else:
+        table = getattr(call, short)
+        call = call._replace(**{short: table[..., : table.shape[-1] // 2].contiguous()})
+    with pytest.raises(RuntimeError, match=rf"out_of_bounds: .*a plain access at byte \d+ of {short}"):
+        cuda_sim.launch(call)
 
 
 def test_refusals_give_the_reason():

@@ -26,7 +26,11 @@ SARATHI_API int sarathi_cuda_driver_version(int* version);   // 0 when there is 
 SARATHI_API int sarathi_cuda_device_count(int* count);
 SARATHI_API int sarathi_cuda_device_info(int device, sarathi::DeviceInfo* info);
 SARATHI_API const char* sarathi_cuda_error(int code);
+// Makes `device` the current one; *previous is the one that was.
+SARATHI_API int sarathi_cuda_use_device(int device, int* previous);
 
+// Before the first attention of this dtype and head_dim on the current device: lets its kernel use the shared memory it needs.
+SARATHI_API int sarathi_cuda_prepare_attention_sm80(const sarathi::AttentionParams* p);
 // num_blocks: persistent CTAs to launch, 2 per SM at most; p->counts says how much work there is.
 SARATHI_API int sarathi_cuda_attention_sm80(const sarathi::AttentionParams* p, int num_blocks, void* stream);
 // Rows (innermost head_dim) must begin at multiples of 16 bytes where head_dim is a multiple of 8; the same for merge_states.

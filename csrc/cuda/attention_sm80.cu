@@ -6,31 +6,39 @@
 namespace sarathi::sm80 {
 namespace {
 
+using Kernel = void (*)(AttentionParams);
+struct Instantiation { Kernel kernel; int shared_bytes; };
+
 template <typename Element, int kHeadDim>
-int launch(const AttentionParams& p, int num_blocks, cudaStream_t stream) {
-  constexpr int bytes = shared_bytes<Element, kHeadDim>();
-  // Per device and cheap; a static flag would have to know which devices it was set on.
-  const cudaError_t error = cudaFuncSetAttribute(attention_kernel<Element, kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  attention_kernel<Element, kHeadDim><<<num_blocks, kThreads, bytes, stream>>>(p);
-  return cudaGetLastError();
+constexpr Instantiation instantiate() { return {attention_kernel<Element, kHeadDim>, shared_bytes<Element, kHeadDim>()}; }
+
+// A null kernel where there is none.
+Instantiation instantiation_for(const AttentionParams& p) {
+  if (p.dtype == DType::kBFloat16) switch (p.head_dim) {
+    case 64: return instantiate<bfloat16, 64>();
+    case 128: return instantiate<bfloat16, 128>();
+    case 256: return instantiate<bfloat16, 256>();
+  }
+  if (p.dtype == DType::kFloat16) switch (p.head_dim) {
+    case 64: return instantiate<float16, 64>();
+    case 128: return instantiate<float16, 128>();
+    case 256: return instantiate<float16, 256>();
+  }
+  return {nullptr, 0};
 }
 
 }  // namespace
 }  // namespace sarathi::sm80
 
+int sarathi_cuda_prepare_attention_sm80(const sarathi::AttentionParams* p) {
+  const auto [kernel, shared_bytes] = sarathi::sm80::instantiation_for(*p);
+  if (kernel == nullptr) return cudaErrorInvalidValue;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+}
+
 int sarathi_cuda_attention_sm80(const sarathi::AttentionParams* p, int num_blocks, void* stream) {
-  using namespace sarathi;
-  const auto s = static_cast<cudaStream_t>(stream);
-  if (p->dtype == DType::kBFloat16) switch (p->head_dim) {
-    case 64: return sm80::launch<bfloat16, 64>(*p, num_blocks, s);
-    case 128: return sm80::launch<bfloat16, 128>(*p, num_blocks, s);
-    case 256: return sm80::launch<bfloat16, 256>(*p, num_blocks, s);
-  }
-  if (p->dtype == DType::kFloat16) switch (p->head_dim) {
-    case 64: return sm80::launch<float16, 64>(*p, num_blocks, s);
-    case 128: return sm80::launch<float16, 128>(*p, num_blocks, s);
-    case 256: return sm80::launch<float16, 256>(*p, num_blocks, s);
-  }
-  return cudaErrorInvalidValue;
+  const auto [kernel, shared_bytes] = sarathi::sm80::instantiation_for(*p);
+  if (kernel == nullptr) return cudaErrorInvalidValue;
+  kernel<<<num_blocks, sarathi::sm80::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(*p);
+  return cudaGetLastError();
 }

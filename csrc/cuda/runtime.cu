@@ -25,4 +25,9 @@ int sarathi_cuda_device_info(int device, sarathi::DeviceInfo* info) {
   return error;
 }
 
+int sarathi_cuda_use_device(int device, int* previous) {
+  const cudaError_t error = cudaGetDevice(previous);
+  return error != cudaSuccess || device == *previous ? error : cudaSetDevice(device);
+}
+
 const char* sarathi_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -68,6 +68,7 @@ class GuardedBuffer {
  public:
   GuardedBuffer(std::string name, size_t count, bool writable = true)
       : pages_(count * sizeof(T), alignof(T) > 16 ? alignof(T) : 16), count_(count) {
+    pages_.fill_slack(0xff);  // NaN for what reads before its begin
     global_memory().add(pages_.data(), count * sizeof(T), std::move(name), writable, &pages_);
   }
   ~GuardedBuffer() { global_memory().remove(pages_.data()); }

@@ -1,12 +1,14 @@
 """The CUDA backend: adapts calls to the library of csrc/cuda. Imports on any machine; `supports` says what is missing.
 
-    AttentionCall -> argument block (csrc/params.h, packed here) -> one launch on torch's current stream
+    AttentionCall -> the step's AttentionPlan in the binding, made by the first layer -> one launch on torch's current stream
+    AppendKvCall ... -> argument block (csrc/params.h, packed here)                    -> likewise
 """
 
 from __future__ import annotations
 
 import functools
 import struct
+import weakref
 
 import torch
 
@@ -85,33 +87,24 @@ def plan_config(spec: AttentionSpec) -> PlanConfig:
 
 
 def attention_params(call: AttentionCall) -> bytes:
-    """The call as an AttentionParams of csrc/params.h.
+    """What is the same in every layer of a step, as an AttentionParams of csrc/params.h: all but the addresses of q, the caches,
+    out, lse, sinks and tree_mask, which are 0.
 
     Raises:
         ValueError: rows of q, out or a cache do not begin at multiples of 16 bytes, which the kernel's copies need, or a
             stride is 2^31 elements or more.
     """
-    q, k, v, out, table = call.q, call.k_cache, call.v_cache, call.out, call.block_table
-    pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
-    q_token, q_head, _ = q.stride()
-    out_token, out_head, _ = out.stride()
-    k_page, k_slot, k_head, _ = k.stride()
-    v_page, v_slot, v_head, _ = v.stride()
-    # All at once, as this runs in every layer; the tensor to blame is looked for when there is one.
-    strides = q_token | q_head | out_token | out_head | k_page | k_slot | k_head | v_page | v_slot | v_head
-    if (pointers[0] | pointers[1] | pointers[2] | pointers[3]) & 15 or strides & 7 or strides >> 31:
-        for name, tensor in (("q", q), ("k_cache", k), ("v_cache", v), ("out", out)):
-            _check_rows(name, tensor)
-    total_q, num_q_heads, head_dim = q.shape
-    _, page_size, num_kv_heads, _ = k.shape
+    q, k, v, out = call.q, call.k_cache, call.v_cache, call.out
+    for name, tensor in (("q", q), ("k_cache", k), ("v_cache", v), ("out", out)):
+        _check_rows(name, tensor)
     code = DTYPE_CODES[q.dtype]
     return ATTENTION_PARAMS.pack(
-        *pointers, _pointer(call.lse), table.data_ptr(),
+        0, 0, 0, 0, 0, call.block_table.data_ptr(),
         call.work_items.data_ptr(), call.merge_items.data_ptr(), call.partial_out.data_ptr(), call.partial_lse.data_ptr(),
-        call.counters.data_ptr(), _pointer(call.sinks), _pointer(call.tree_mask), 0, 0,
-        q_token, q_head, out_token, out_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table.stride(0),
-        0, 0, 0, num_q_heads, num_kv_heads, head_dim, page_size, code, code,
-        call.softmax_scale, call.softcap, call.causal, call.window_left, total_q, call.counts.data_ptr(),
+        call.counters.data_ptr(), 0, 0, 0, 0,
+        *q.stride()[:2], *out.stride()[:2], *k.stride()[:3], *v.stride()[:3], call.block_table.stride(0),
+        0, 0, 0, q.shape[1], k.shape[2], q.shape[2], k.shape[1], code, code,
+        call.softmax_scale, call.softcap, call.causal, call.window_left, q.shape[0], call.counts.data_ptr(),
     )  # fmt: skip
 
 
@@ -143,31 +136,56 @@ def merge_params(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse:
     )  # fmt: skip
 
 
+# The tensors of an AttentionCall that a step's layers share, and its scalars.
+_TABLES = slice(AttentionCall._fields.index("block_table"), AttentionCall._fields.index("counters") + 1)
+_SCALARS = slice(AttentionCall._fields.index("softmax_scale"), None)
+# key of a step -> (the binding's AttentionPlan, weak references to the step's tables). A plan holds the tables' addresses and
+# not the tables, so it goes when the first of them goes.
+_plans: dict[tuple, tuple] = {}
+
+
 def attention(call: AttentionCall) -> None:
-    if not _rows_aligned(call.q):
-        call = call._replace(q=call.q.contiguous())
+    q, k, v, out = call.q, call.k_cache, call.v_cache, call.out
+    key = (*map(id, call[_TABLES]), q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), out.stride(), *call[_SCALARS])
+    made = _plans.get(key)
+    if made is None:
+        if not call.work_items.shape[0]:
+            return
+        if not _rows_aligned(q):
+            return attention(_with_dense_q(call))
+        made = _plans[key] = _make_plan(call), [weakref.ref(table, lambda _: _plans.pop(key, None)) for table in call[_TABLES]]
+    pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+    if (pointers[0] | pointers[1] | pointers[2] | pointers[3]) & 15:
+        for name, tensor in (("k_cache", k), ("v_cache", v), ("out", out)):
+            _check_rows(name, tensor)
+        return attention(_with_dense_q(call))
+    made[0].run(*pointers, _pointer(call.lse), _pointer(call.sinks), _pointer(call.tree_mask), _stream(q.get_device()))
+
+
+def _make_plan(call: AttentionCall):
+    device = call.q.get_device()
     units = call.work_items.shape[0] * call.k_cache.shape[2]
-    if units:
-        device = call.q.device
-        _launch(device, _cuda.attention_sm80, attention_params(call), min(units, CTAS_PER_SM * _device_info(device.index)[1]))
+    return _cuda.AttentionPlan(attention_params(call), min(units, CTAS_PER_SM * _device_info(device)[1]), device)
+
+
+def _with_dense_q(call: AttentionCall) -> AttentionCall:
+    """Queries may lie anywhere; those whose rows the kernel cannot copy are copied here."""
+    return call._replace(q=call.q.clone(memory_format=torch.contiguous_format))
 
 
 def append_kv(call: AppendKvCall) -> None:
-    _launch(call.k.device, _cuda.append_kv, append_kv_params(call))
+    device = call.k.get_device()
+    _cuda.append_kv(append_kv_params(call), device, _stream(device))
 
 
 def merge_states(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-    _launch(outs.device, _cuda.merge_states, merge_params(outs, lses, out, lse))
+    device = outs.get_device()
+    _cuda.merge_states(merge_params(outs, lses, out, lse), device, _stream(device))
 
 
-def _launch(device: torch.device, function, *arguments) -> None:
-    """Enqueues on torch's current stream of the device, which need not be the current device."""
-    stream = torch.cuda.current_stream(device).cuda_stream
-    if device.index == torch.cuda.current_device():
-        function(*arguments, stream)
-    else:
-        with torch.cuda.device(device):
-            function(*arguments, stream)
+def _stream(device: int) -> int:
+    """torch's current stream of the device, which need not be the current device; without the Stream object around it."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 class DevicePlanner:
@@ -188,7 +206,8 @@ class DevicePlanner:
         )  # fmt: skip
 
     def run(self, plan) -> None:
-        _launch(plan.device, _cuda.plan, self.params(plan))
+        device = plan.work_items.get_device()
+        _cuda.plan(self.params(plan), device, _stream(device))
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:
