@@ -1,10 +1,8 @@
 """Builds the native modules with CMake and ninja, in one kept build tree, and packages them.
 
-Environment: SARATHI_CUDA = auto (the default: where there is an nvcc) | on | off; SARATHI_CUDA_ARCHS = "80;90a";
-SARATHI_CUTLASS = CUTLASS's include directory, if not that of the nvidia-cutlass package; MAX_JOBS; CMAKE_ARGS.
+Environment: SARATHI_CUDA = auto (the default: where there is an nvcc) | on | off; SARATHI_CUDA_ARCHS = "80;90a"; MAX_JOBS; CMAKE_ARGS.
 """
 
-import importlib.util
 import os
 import shlex
 import shutil
@@ -32,18 +30,6 @@ def find_nvcc():
     return nvcc
 
 
-def cutlass_include():
-    """CUTLASS's headers, found without importing the package (which would want its Python dependencies); "" if not there.
-
-    No kernel needs them so far (why: csrc/cuda/attention_sm80.cuh); they are handed on for those that will.
-    """
-    if os.environ.get("SARATHI_CUTLASS"):
-        return os.environ["SARATHI_CUTLASS"]
-    spec = importlib.util.find_spec("cutlass_library")
-    include = Path(spec.origin).parent / "source" / "include" if spec and spec.origin else None
-    return str(include) if include and (include / "cute" / "tensor.hpp").exists() else ""
-
-
 class CMakeBuild(build_ext):
     """One CMake run makes every module. The tree is kept in build/<tag>, so a second build is incremental."""
 
@@ -58,6 +44,9 @@ class CMakeBuild(build_ext):
             shutil.copy2(library, target.parent / library.name)
             if self.editable_mode:  # setuptools copies back only the declared extensions
                 shutil.copy2(library, ROOT / "sarathi_kernels" / library.name)
+        if self.editable_mode:
+            for report in self.built.glob("*.ptxas"):  # for the tests
+                shutil.copy2(report, ROOT / "sarathi_kernels" / report.name)
 
     def run_cmake(self):
         tag = f"{sys.implementation.cache_tag}-{'cuda' if NVCC else 'cpu'}"
@@ -71,7 +60,7 @@ class CMakeBuild(build_ext):
             f"-DSARATHI_CUDA={'ON' if NVCC else 'OFF'}",
         ]  # fmt: skip
         if NVCC:
-            arguments += [f"-DCMAKE_CUDA_COMPILER={NVCC}", f"-DSARATHI_CUTLASS={cutlass_include()}"]
+            arguments.append(f"-DCMAKE_CUDA_COMPILER={NVCC}")
             if os.environ.get("SARATHI_CUDA_ARCHS"):
                 arguments.append(f"-DSARATHI_CUDA_ARCHS={os.environ['SARATHI_CUDA_ARCHS']}")
         if shutil.which("ninja"):

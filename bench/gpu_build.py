@@ -6,7 +6,6 @@ Not through pip: that would want a network for the build requirements, or their 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -16,14 +15,6 @@ from pathlib import Path
 import pybind11
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def cutlass_include() -> str | None:
-    """SARATHI_CUTLASS, or the headers of an installed nvidia-cutlass; None leaves it to CMake to complain if it needs them."""
-    if os.environ.get("SARATHI_CUTLASS"):
-        return os.environ["SARATHI_CUTLASS"]
-    spec = importlib.util.find_spec("cutlass_library")
-    return str(Path(spec.origin).parent / "source" / "include") if spec and spec.origin else None
 
 
 def cmake_arguments(build: Path, *, nvcc: str | None, archs: str | None) -> list[str]:
@@ -37,8 +28,6 @@ def cmake_arguments(build: Path, *, nvcc: str | None, archs: str | None) -> list
         arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
         if archs:
             arguments.append(f"-DSARATHI_CUDA_ARCHS={archs}")
-        if cutlass_include():
-            arguments.append(f"-DSARATHI_CUTLASS={cutlass_include()}")
     return arguments
 
 
@@ -53,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     subprocess.run(cmake_arguments(build, nvcc=args.nvcc, archs=args.archs), check=True)
     subprocess.run(["cmake", "--build", str(build), "-j", str(os.cpu_count() or 1)], check=True)
     libraries = sorted((build / "out").glob("*.so"))
-    for library in libraries:
-        shutil.copy2(library, args.install)
+    for made in [*libraries, *(build / "out").glob("*.ptxas")]:
+        shutil.copy2(made, args.install)
     print("built", ", ".join(library.name for library in libraries))
     return 0
 
