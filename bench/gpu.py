@@ -1,9 +1,8 @@
 """`make gpu`: one short visit to a machine with an NVIDIA GPU. Builds, tests, checks, measures, and leaves one folder of results.
 
 Standard library only, and every step is a process of its own with a time limit: whatever fails, the rest still runs, and
-status.md says what happened. Without a GPU the same command is a dry run that says what each step is waiting for.
-
-Environment: SARATHI_CUTLASS, CUTLASS's include directory; or SARATHI_WHEELS, a folder with a nvidia_cutlass wheel.
+status.md, log.txt and what has been measured are written after every step. Without a GPU the same command is a dry run that
+says what each step is waiting for. Several visits share one build tree: --steps build,grid does only these.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REPORT_RESERVE_SECONDS = 35
 LOG_BYTES = 4 << 20
 MAX_FILES = 8
+BUILD = ROOT / "build" / "gpu"
 
 
 @dataclasses.dataclass
@@ -141,20 +140,6 @@ def find_nvcc() -> str | None:
     return os.environ.get("CUDACXX") or shutil.which("nvcc") or (str(default) if default.exists() else None)
 
 
-def cutlass_environment(work: Path) -> dict[str, str]:
-    """SARATHI_CUTLASS for the build, unpacked from a wheel in SARATHI_WHEELS if that is where it is; {} if setup.py is to look."""
-    folder = os.environ.get("SARATHI_WHEELS")
-    if os.environ.get("SARATHI_CUTLASS") or not folder:
-        return {}
-    wheels = sorted(Path(folder).glob("nvidia_cutlass-*.whl"))
-    if not wheels:
-        return {}
-    prefix = "cutlass_library/source/include/"
-    with zipfile.ZipFile(wheels[-1]) as wheel:
-        wheel.extractall(work / "cutlass", [name for name in wheel.namelist() if name.startswith(prefix)])
-    return {"SARATHI_CUTLASS": str(work / "cutlass" / prefix)}
-
-
 ENTRY = re.compile(r"Compiling entry function '(?P<symbol>[^']+)' for '(?P<arch>\w+)'")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
@@ -202,17 +187,20 @@ def plan_steps(work: Path, arch: str | None, gpu: str) -> list[Step]:
     # Compiling Triton's kernels for every case is what takes the time: eight processes where pytest-xdist is there.
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     quick = ["--device", "cuda", "--seconds", "0.08", "--dtype", "bfloat16"]
-    build = [python, "-m", "bench.gpu_build", "--build", str(work / "build")]
-    cutlass = cutlass_environment(work) if arch else {}
+    build = [python, "-m", "bench.gpu_build", "--build", str(BUILD), "--nvcc", str(nvcc), "--archs", str(arch)]
+    sanitize = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    small = [*pytest, "tests/test_gpu.py", "-k", "cuda and small"]
     cases = "A/*,B/*,C/*,D/*,published/llama8b,long/llama8b"
     return [
         Step("machine", 20, [python, "-c", MACHINE], optional=True),
-        Step("build", 170, [*build, "--nvcc", str(nvcc), "--archs", str(arch)], can_build, environment=cutlass),
-        Step("tests", 100, [*pytest, "-v", *parallel, *sorted(str(p) for p in (ROOT / "tests").glob("test_*gpu.py"))], built),
+        Step("build", 170, build, can_build),
+        Step("tests", 110, [*pytest, "-v", *parallel, *sorted(str(p) for p in (ROOT / "tests").glob("test_*gpu.py"))], built),
+        # The simulator's tests of instructions, with the hardware in the simulator's place.
+        Step("instructions", 60, [*pytest, "tests/test_sim_instructions.py", "tests/test_sim_sm90.py", "-k", "gpu"], can_build),
+        Step("memcheck", 75, [*sanitize, "memcheck", *small], sanitizer),
         Step("micro", 40, [python, "-m", "bench.gpu_micro", "--json", str(work / "micro.json")], built),
         Step("attention", 110, [*bench, "attention", "--cases", cases, *quick, "--json", str(work / "attention.json")], built),
-        Step("memcheck", 60, ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *pytest, "tests/test_gpu.py", "-k", "cuda and small"], sanitizer),
-        Step("racecheck", 60, ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *pytest, "tests/test_gpu.py", "-k", "cuda and small"], sanitizer),
+        Step("racecheck", 75, [*sanitize, "racecheck", *small], sanitizer),
         Step("append_kv", 20, [*bench, "append_kv", "--cases", "C/llama8b,B/llama8b", *quick, "--json", str(work / "append_kv.json")], built),
         Step("plan", 15, [*bench, "plan", "--device", "cuda", "--json", str(work / "plan.json")], built),
         Step("grid", 150, [*bench, "attention", "--cases", "hybrid/llama8b", "--shuffle", "--no-mixed", *quick, "--seconds", "0.03", "--json", str(work / "grid.json")], built),
@@ -237,31 +225,44 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="out/gpu", help="folder for the results")
     parser.add_argument("--minutes", type=float, default=7.8, help="for everything")
+    parser.add_argument("--steps", help='only these, for example "build,memcheck,grid"')
     args = parser.parse_args(arguments)
     out = Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        return visit(out, Path(folder), args.minutes)
+        return visit(out, Path(folder), args.minutes, args.steps.split(",") if args.steps else None)
 
 
-def visit(out: Path, work: Path, minutes: float) -> int:
-    """Runs every step, then collects. 1 if a step that ran failed; a dry run, where all are skipped, is 0."""
+def visit(out: Path, work: Path, minutes: float, only: list[str] | None = None) -> int:
+    """Runs every step (or `only` these), then collects. 1 if a step that ran failed; a dry run, where all are skipped, is 0.
+
+    Raises:
+        SystemExit: a step in `only` does not exist.
+    """
     clock = Visit(out, work, minutes)
     arch, gpu = find_gpu()
     print(f"{gpu} (sm_{arch})" if arch else f"dry run: {gpu}")
     steps = plan_steps(work, arch, gpu)
-    failed = False
+    if unknown := sorted(set(only or ()) - {step.name for step in steps}):
+        raise SystemExit(f"no such step: {', '.join(unknown)}; there are {', '.join(step.name for step in steps)}")
+    failed, known = False, set()
     for step in steps:
-        before = len(clock.log)
+        if only is not None and step.name not in only:
+            continue
         ok = clock.run(step)
         failed |= not ok and clock.outcomes[-1].result != "skipped" and not step.optional
         if step.name == "build" and clock.outcomes[-1].result != "skipped":
-            (out / "build.md").write_text(build_table(bytes(clock.log[before:]).decode(errors="replace")))
+            report = BUILD / "out" / "libsarathi_cuda.ptxas"
+            (out / "build.md").write_text(build_table(report.read_text() if report.exists() else ""))
             if not ok:  # the Triton backend and the peers can still be measured
-                clock.run(Step("build without CUDA", 90, [sys.executable, "-m", "bench.gpu_build", "--build", str(work / "host")]))
-    results = sorted(work.glob("*.json"))
+                clock.run(Step("build without CUDA", 90, [sys.executable, "-m", "bench.gpu_build", "--build", str(BUILD) + "-host"]))
+        results = {str(path): path.stat().st_mtime for path in work.glob("*.json")}
+        if set(results.items()) - known:  # rows are kept at once; the report and its pictures come last
+            known |= set(results.items())
+            _bounded([sys.executable, "-m", "bench.gpu_collect", "--rows", str(out), *sorted(results)], 30, os.environ)
+    results = sorted(map(str, work.glob("*.json")))
     have = (lambda: None if results else "no step left results",)
-    clock.run(Step("report", 60, [sys.executable, "-m", "bench.gpu_collect", str(out), *map(str, results)], have), reserve=0)
+    clock.run(Step("report", 60, [sys.executable, "-m", "bench.gpu_collect", str(out), *results], have), reserve=0)
     clock.save()
     count = sum(1 for _ in out.iterdir())
     print((out / "status.md").read_text())

@@ -1,4 +1,4 @@
-"""The last step of `make gpu`: many raw results become one JSON file, one report and at most two plots."""
+"""What `make gpu` keeps: many raw results become one JSON file, one report and at most two plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from bench.rows import Report
 KEPT_PLOTS = ("roofline", "heat_map")
 
 
-def main(out: Path, files: list[Path]) -> int:
+def main(out: Path, files: list[Path], rows_only: bool = False) -> int:
+    """Writes bench.json and micro.json, and unless rows_only, the report and its pictures."""
     micro = next((json.loads(path.read_text()) for path in files if path.stem == "micro"), None)
     reports = [Report.load(path) for path in files if path.stem != "micro"]
     if micro is not None:
@@ -25,6 +26,8 @@ def main(out: Path, files: list[Path]) -> int:
     for other in reports[1:]:
         total.extend(other)
     total.save(out / "bench.json")
+    if rows_only:
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         written = report.write([out / "bench.json"], Path(folder))
         pictures = {kind: next((p for p in written if p.stem.startswith(kind)), None) for kind in KEPT_PLOTS}
@@ -39,4 +42,6 @@ def main(out: Path, files: list[Path]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]]))
+    rows_only = sys.argv[1] == "--rows"
+    out, *files = map(Path, sys.argv[1 + rows_only :])
+    sys.exit(main(out, files, rows_only))

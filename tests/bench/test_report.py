@@ -5,7 +5,6 @@ import os
 import struct
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -159,27 +158,15 @@ def test_gpu_is_named_for_the_build(monkeypatch, tmp_path):
     assert arch is None and "no devices" in why
 
 
-def test_build_arguments(tmp_path, monkeypatch):
+def test_build_arguments(tmp_path):
     """The same variables that setup.py gives CMake: a build for one GPU, and one without CUDA."""
-    monkeypatch.setenv("SARATHI_CUTLASS", "/headers")
     text = " ".join(gpu_build.cmake_arguments(tmp_path, nvcc="/cuda/nvcc", archs="90a"))
-    assert "-DSARATHI_CUDA=ON" in text and "-DSARATHI_CUDA_ARCHS=90a" in text and "-DSARATHI_CUTLASS=/headers" in text
+    assert "-DSARATHI_CUDA=ON" in text and "-DSARATHI_CUDA_ARCHS=90a" in text
     assert "-DSARATHI_CUDA=OFF" in " ".join(gpu_build.cmake_arguments(tmp_path, nvcc=None, archs=None))
     known = (ROOT / "setup.py").read_text() + (ROOT / "CMakeLists.txt").read_text()
     for argument in gpu_build.cmake_arguments(tmp_path, nvcc="/cuda/nvcc", archs="90a"):
         if argument.startswith("-DSARATHI"):
             assert argument[2:].split("=")[0] in known, "the build knows no such variable"
-
-
-def test_cutlass_comes_out_of_a_wheel(monkeypatch, tmp_path):
-    monkeypatch.delenv("SARATHI_CUTLASS", raising=False)
-    monkeypatch.setenv("SARATHI_WHEELS", str(tmp_path))
-    assert gpu.cutlass_environment(tmp_path / "work") == {}
-    with zipfile.ZipFile(tmp_path / "nvidia_cutlass-4.2.0.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("cutlass_library/source/include/cute/tensor.hpp", "// here")
-        wheel.writestr("cutlass_library/other.py", "")
-    found = gpu.cutlass_environment(tmp_path / "work")["SARATHI_CUTLASS"]
-    assert (Path(found) / "cute" / "tensor.hpp").read_text() == "// here"
 
 
 def test_collected_visit_fits_into_eight_files(tmp_path):
@@ -192,6 +179,8 @@ def test_collected_visit_fits_into_eight_files(tmp_path):
     (raw / "micro.json").write_text(json.dumps({"copy_gbps": 1.0}))
     for name in ("status.md", "log.txt", "build.md"):
         (out / name).write_text("x")
+    assert gpu_collect.main(out, sorted(raw.glob("*.json")), rows_only=True) == 0
+    assert {p.name for p in out.iterdir()} == {"status.md", "log.txt", "build.md", "bench.json", "micro.json"}
     assert gpu_collect.main(out, sorted(raw.glob("*.json"))) == 0
     names = {p.name for p in out.iterdir()}
     assert names == {"status.md", "log.txt", "build.md", "bench.json", "micro.json", "report.md", "roofline_bfloat16.png", "heat_map_llama8b_bfloat16.png"}
