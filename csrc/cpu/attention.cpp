@@ -32,7 +32,7 @@ bool streams(const AttentionParams& p, const WorkItem& item) {
 }
 
 size_t scratch_bytes(const AttentionParams& p) {
-  const size_t tile = TileScratch(nullptr, p.head_dim).bytes, stream = StreamScratch(nullptr, p.num_kv_heads, p.head_dim).bytes;
+  const size_t tile = TileScratch(nullptr, p.head_dim).bytes, stream = StreamScratch(nullptr, p.num_kv_heads, kStreamRows, p.head_dim).bytes;
   return max_of(tile, stream);
 }
 

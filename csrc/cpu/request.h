@@ -47,41 +47,6 @@ SARATHI_INLINE PagedRows<float> scales_of(const AttentionParams& p, const WorkIt
 
 SARATHI_INLINE int32_t round_up(int32_t n, int32_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Prefetches the rows of some keys, a cache line of K and one of V at a time: requests that come in a burst wait for each other,
-// and the loads behind them wait too. The order is that of the memory, key by key, through `heads` kv heads.
-template <class KV>
-struct Prefetcher {
-  const KV *const *k = nullptr, *const *v = nullptr;  // [keys]: rows of the first head
-  const char *k_line = nullptr, *v_line = nullptr;
-  int64_t k_stride, v_stride;   // bytes from one head's row to the next
-  int32_t run_lines, runs;      // cache lines that lie together, and how many such runs a key has
-  int32_t keys = 0, line = 0, run = 0, key = 0;
-
-  SARATHI_INLINE Prefetcher(const AttentionParams& p, int32_t heads) : k_stride(p.k_stride_head * sizeof(KV)), v_stride(p.v_stride_head * sizeof(KV)) {
-    const bool one_run = heads == 1 || (p.k_stride_head == p.head_dim && p.v_stride_head == p.head_dim);
-    run_lines = static_cast<int32_t>((p.head_dim * sizeof(KV) * (one_run ? heads : 1) + 63) / 64);
-    runs = one_run ? 1 : heads;
-  }
-  SARATHI_INLINE void start(const KV* const* k_rows, const KV* const* v_rows, int32_t count) {
-    k = k_rows, v = v_rows, keys = count, line = run = key = 0;
-    aim();
-  }
-  SARATHI_INLINE void aim() {
-    k_line = key < keys ? reinterpret_cast<const char*>(k[key]) + run * k_stride : nullptr;
-    v_line = key < keys ? reinterpret_cast<const char*>(v[key]) + run * v_stride : nullptr;
-  }
-  SARATHI_INLINE void step() {
-    if (!k_line) return;
-    prefetch(k_line), prefetch(v_line);
-    k_line += 64, v_line += 64;
-    if (++line == run_lines) {
-      line = 0;
-      if (++run == runs) run = 0, ++key;
-      aim();
-    }
-  }
-};
-
 // Token and query head of a packed row.
 struct RowPlace {
   int64_t token;   // in the batch

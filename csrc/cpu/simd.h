@@ -113,9 +113,9 @@ SARATHI_INLINE F mask_range(F x, int32_t key, const int32_t* lo, const int32_t* 
   const __mmask16 in = _mm512_cmple_epi32_mask(_mm512_loadu_si512(lo), k) & _mm512_cmplt_epi32_mask(k, _mm512_loadu_si512(hi));
   return _mm512_mask_blend_ps(in, set1(-kInfinity), x);
 }
-// x where lo <= first + lane < hi, else -inf.
-SARATHI_INLINE F mask_lanes(F x, int32_t first, int32_t lo, int32_t hi) {
-  const __m512i k = _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+// x where lo <= key[lane] < hi, else -inf.
+SARATHI_INLINE F mask_keys(F x, const int32_t* key, int32_t lo, int32_t hi) {
+  const __m512i k = _mm512_loadu_si512(key);
   const __mmask16 in = _mm512_cmpge_epi32_mask(k, _mm512_set1_epi32(lo)) & _mm512_cmplt_epi32_mask(k, _mm512_set1_epi32(hi));
   return _mm512_mask_blend_ps(in, set1(-kInfinity), x);
 }
@@ -195,16 +195,15 @@ SARATHI_INLINE float reduce_max(F a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 SARATHI_INLINE __m256i load_int(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-SARATHI_INLINE F mask_keys(F x, __m256i key, __m256i lo, __m256i hi) {
+SARATHI_INLINE F mask_outside(F x, __m256i key, __m256i lo, __m256i hi) {
   const __m256i out = _mm256_or_si256(_mm256_cmpgt_epi32(lo, key), _mm256_xor_si256(_mm256_cmpgt_epi32(hi, key), _mm256_set1_epi32(-1)));
   return _mm256_blendv_ps(x, set1(-kInfinity), _mm256_castsi256_ps(out));
 }
 SARATHI_INLINE F mask_range(F x, int32_t key, const int32_t* lo, const int32_t* hi) {
-  return mask_keys(x, _mm256_set1_epi32(key), load_int(lo), load_int(hi));
+  return mask_outside(x, _mm256_set1_epi32(key), load_int(lo), load_int(hi));
 }
-SARATHI_INLINE F mask_lanes(F x, int32_t first, int32_t lo, int32_t hi) {
-  const __m256i key = _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  return mask_keys(x, key, _mm256_set1_epi32(lo), _mm256_set1_epi32(hi));
+SARATHI_INLINE F mask_keys(F x, const int32_t* key, int32_t lo, int32_t hi) {
+  return mask_outside(x, load_int(key), _mm256_set1_epi32(lo), _mm256_set1_epi32(hi));
 }
 SARATHI_INLINE void transpose(const float* from, int from_stride, float* to, int to_stride) {
   F t[8], u[8];  // u[4 * i + c], half j: column 4 * j + c of rows 4 * i .. 4 * i + 3
@@ -279,8 +278,10 @@ SARATHI_INLINE F mask_range(F x, int32_t key, const int32_t* lo, const int32_t* 
   std::memcpy(&h, hi, sizeof h);
   return mask_keys(x, I{key, key, key, key}, l, h);
 }
-SARATHI_INLINE F mask_lanes(F x, int32_t first, int32_t lo, int32_t hi) {
-  return mask_keys(x, I{first, first + 1, first + 2, first + 3}, I{lo, lo, lo, lo}, I{hi, hi, hi, hi});
+SARATHI_INLINE F mask_keys(F x, const int32_t* key, int32_t lo, int32_t hi) {
+  I k;
+  std::memcpy(&k, key, sizeof k);
+  return mask_keys(x, k, I{lo, lo, lo, lo}, I{hi, hi, hi, hi});
 }
 SARATHI_INLINE void transpose(const float* from, int from_stride, float* to, int to_stride) {
   for (int r = 0; r < kLanes; ++r)

@@ -47,6 +47,23 @@ struct TileScratch {
 // A row no request owns, for the operands that round a key block up to whole register blocks.
 alignas(64) const uint32_t kZeroRow[512] = {};
 
+// Prefetches the rows of some keys of one head, a cache line of K and one of V at a time: requests that come in a burst wait for
+// each other, and the loads behind them wait too.
+template <class KV>
+struct Prefetcher {
+  const KV *const *k = nullptr, *const *v = nullptr;  // [keys]
+  int32_t bytes, keys = 0, key = 0, at = 0;
+
+  SARATHI_INLINE explicit Prefetcher(int32_t head_dim) : bytes(head_dim * static_cast<int32_t>(sizeof(KV))) {}
+  SARATHI_INLINE void start(const KV* const* k_rows, const KV* const* v_rows, int32_t count) { k = k_rows, v = v_rows, keys = count, key = at = 0; }
+  SARATHI_INLINE void step() {
+    if (key >= keys) return;
+    prefetch(reinterpret_cast<const char*>(k[key]) + at), prefetch(reinterpret_cast<const char*>(v[key]) + at);
+    at += 64;
+    if (at >= bytes) at = 0, ++key;
+  }
+};
+
 // ---- operands ----
 
 template <class C, class T> struct Direct { static constexpr bool value = false; };  // rows of T are operands of C as they lie
@@ -333,7 +350,7 @@ void visit_tile(const AttentionParams& p, const WorkItem& item, int32_t kv_head,
 
   const PagedRows<KV> k_rows = keys_of<KV>(p, item), v_rows = values_of<KV>(p, item);
   struct Rows { const KV *k[kBlockKeys], *v[kBlockKeys]; } rows_of_block[2];
-  Prefetcher<KV> ahead(p, 1);
+  Prefetcher<KV> ahead(p.head_dim);
   k_rows.find(item.kv_begin, min_of(kBlockKeys, item.kv_end - item.kv_begin), kv_head, rows_of_block[0].k);
   v_rows.find(item.kv_begin, min_of(kBlockKeys, item.kv_end - item.kv_begin), kv_head, rows_of_block[0].v);
   int now = 0;
