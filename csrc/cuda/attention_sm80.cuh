@@ -6,10 +6,11 @@
 // Prefill tiles live on the first, decode tiles on the last. One persistent launch does both: two CTAs share an SM, one
 // leading with prefill units and one with decode units (work.cuh), so that each hides behind the other.
 //
-// PTX through the wrappers of ptx.cuh rather than CuTe: one swizzle and two fragment layouts are all the layout algebra
-// there is, it compiles in a tenth of the time, and the host simulator runs this very source.
+// PTX through the wrappers of ptx.cuh, layouts from fragment.cuh (which says why not CuTe): the host simulator runs this
+// very source.
 #pragma once
 #include "element.cuh"
+#include "fragment.cuh"
 #include "mask.cuh"
 #include "paged_kv.cuh"
 #include "ptx.cuh"
@@ -189,8 +190,8 @@ struct UnitRun {
 
   // S = Q K^T of this warp's rows and keys.
   __device__ __forceinline__ void multiply_qk(uint32_t k_tile, Scores& scores) const {
-    const uint32_t q = q_tile() + swizzled<kHeadDim>(warp_m * Tile::kRowFrags * 16 + lane % 16, lane / 16);
-    const uint32_t k = k_tile + swizzled<kHeadDim>(warp_n * Tile::kKeysPerWarp + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const uint32_t q = q_tile() + swizzled<kHeadDim>(warp_m * Tile::kRowFrags * 16 + a_address(lane).row, a_address(lane).chunk);
+    const uint32_t k = k_tile + swizzled<kHeadDim>(warp_n * Tile::kKeysPerWarp + b_address(lane).row, b_address(lane).chunk);
 #pragma unroll
     for (int f = 0; f < Tile::kRowFrags; ++f)
 #pragma unroll
@@ -227,7 +228,7 @@ struct UnitRun {
 
   // O += P V over this warp's keys.
   __device__ __forceinline__ void multiply_pv(uint32_t v_tile, const Weights& weights, Output& out) const {
-    const uint32_t v = v_tile + swizzled<kHeadDim>(warp_n * Tile::kKeysPerWarp + lane % 16, lane / 16);
+    const uint32_t v = v_tile + swizzled<kHeadDim>(warp_n * Tile::kKeysPerWarp + b_trans_address(lane).row, b_trans_address(lane).chunk);
 #pragma unroll
     for (int j = 0; j < Tile::kKeyFrags; j += 2) {
 #pragma unroll
@@ -244,14 +245,18 @@ struct UnitRun {
     }
   }
 
+  // Row of the tile that half r of this lane's accumulators belongs to.
+  __device__ __forceinline__ int row_of(int r) const {
+    return (warp_m * Tile::kRowFrags + r / 2) * 16 + accumulator_row(lane, r % 2);
+  }
   __device__ __forceinline__ int token_of(int row) const { return place_of(item.row_begin + row, group).token; }
 
   __device__ __forceinline__ void mask(int tile, Scores& scores) const {
-    const int first_key = key_of(tile, warp_n * Tile::kKeysPerWarp) + lane % 4 * 2;
+    const int first_key = key_of(tile, warp_n * Tile::kKeysPerWarp) + accumulator_column(lane);
 #pragma unroll
     for (int r = 0; r < 2 * Tile::kRowFrags; ++r) {
       // Rows past the end of the tile are computed like the last one and thrown away.
-      const int row = (warp_m * Tile::kRowFrags + r / 2) * 16 + r % 2 * 8 + lane / 4;
+      const int row = row_of(r);
       const int token = place_of(item.row_begin + (row < item.row_count ? row : item.row_count - 1), opaque(group)).token;
       const uint64_t tree = p.tree_mask ? tree_bits(p.tree_mask[item.q_begin + token], first_key, item.kv_len - item.q_len) : ~0ull;
       const uint64_t seen = visible_bits(visible_span(p, item, token), tree, first_key);
@@ -272,10 +277,10 @@ struct UnitRun {
   __device__ __forceinline__ void stage(const Output& out, const OnlineSoftmax<Tile::kRowFrags>& softmax) const {
 #pragma unroll
     for (int r = 0; r < 2 * Tile::kRowFrags; ++r) {
-      const int row = warp_n * Tile::kRows + (warp_m * Tile::kRowFrags + r / 2) * 16 + r % 2 * 8 + lane / 4;
+      const int row = warp_n * Tile::kRows + row_of(r);
 #pragma unroll
       for (int d = 0; d < Tile::kDimFrags; ++d)
-        ptx::st_shared(reinterpret_cast<float2*>(scratch() + row * Tile::kScratchPitch + d * 8 + lane % 4 * 2),
+        ptx::st_shared(reinterpret_cast<float2*>(scratch() + row * Tile::kScratchPitch + d * 8 + accumulator_column(lane)),
                        make_float2(out[r / 2][d][r % 2 * 2], out[r / 2][d][r % 2 * 2 + 1]));
       if (lane % 4 == 0) ptx::st_shared(scratch_states() + row, SoftmaxState{softmax.max[r], softmax.sum[r]});
     }

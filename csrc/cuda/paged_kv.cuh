@@ -16,13 +16,4 @@ SARATHI_HD int64_t row_offset(PagedRow row, int64_t stride_page, int64_t stride_
   return static_cast<int64_t>(row.page) * static_cast<int32_t>(stride_page) + static_cast<int64_t>(row.slot) * static_cast<int32_t>(stride_slot);
 }
 
-// Byte offset of 16-byte chunk `chunk` of row `row` in a shared-memory tile: chunks are permuted within the row so that
-// the eight rows ldmatrix reads at once lie in different banks. For an even number 2 d of chunks further on, flip its bits in
-// the result: swizzled(row, 2 d + c) = swizzled(row, c) ^ 32 d, which costs one instruction and no register.
-template <int kHeadDim>
-SARATHI_HD constexpr int swizzled(int row, int chunk) {
-  static_assert(kHeadDim % 64 == 0, "a row is a whole number of 128-byte lines");
-  return row * kHeadDim * 2 + ((chunk ^ (row & 7)) << 4);
-}
-
 }  // namespace sarathi
