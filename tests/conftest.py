@@ -1,4 +1,4 @@
-"""Tests marked `interpreter` run under TRITON_INTERPRET=1, in processes of their own.
+"""Fixtures that several files share, and the tests marked `interpreter`: they run under TRITON_INTERPRET=1, in processes of their own.
 
 The variable must be set before triton is imported, and the tests that compile need the real compiler. So each such test is
 collected here as usual, run once in a child pytest together with all the others selected, and its outcome repeated here.
@@ -30,6 +30,27 @@ def pytest_runtest_logreport(report):
         with open(os.environ[REPORT], "a") as file:
             text = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else report.longreprtext
             print(json.dumps([report.nodeid, report.outcome, text]), file=file)
+
+
+@pytest.fixture(scope="session")
+def sim():
+    """The simulator with the test kernels of tests/sim."""
+    from sim import build
+
+    return build.module("_sim_tests")
+
+
+@pytest.fixture(scope="session")
+def gpu_library_of(tmp_path_factory):
+    """gpu_library_of(source, arch): test kernels of tests/sim compiled by nvcc, which needs no GPU; skips where there is no nvcc."""
+    from sim import build
+
+    def compiled(source, arch):
+        if build.nvcc() is None:
+            pytest.skip("there is no nvcc")
+        return build.gpu_library(source, arch, tmp_path_factory.mktemp("gpu"))
+
+    return compiled
 
 
 @pytest.hookimpl(tryfirst=True)

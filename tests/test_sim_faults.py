@@ -17,11 +17,6 @@ K, ROWS, GRID = 512, 60, 4
 
 
 @pytest.fixture(scope="module")
-def sim():
-    return build.module("_sim_tests")
-
-
-@pytest.fixture(scope="module")
 def problem():
     """(bits of a, bits of b, the product in float64, with rows of a beyond ROWS as zeros)"""
     generator = torch.Generator().manual_seed(0)
@@ -96,9 +91,30 @@ def test_without_the_race_check_some_schedules_find_it(sim, problem, bug):
     assert found
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("pitch", [4, 8, 16])
+def test_races_are_told_apart_within_sixteen_bytes(sim, pitch, seed):
+    """Neighbours that read and then write each its own word do not race, though they share a line; with the next one's they do."""
+    out = np.zeros(32, np.int32)
+    sim.run("own_words", [], out, [0, pitch], grid=1, block=32, smem_bytes=512, seed=seed)
+    assert (out == np.arange(32)).all()
+    for shift in (1, 31):
+        with pytest.raises(sim.SimulatorError, match="race: .*nothing orders the two"):
+            sim.run("own_words", [], out, [shift, pitch], grid=1, block=32, smem_bytes=512, seed=seed)
+
+
 def test_a_loop_that_calls_no_wrapper_is_ended(sim, problem):
     got, detail = outcome(sim, problem, "LoopsForever", hang_seconds=1)
     assert got == "hang" and "called no wrapper for 1 seconds" in detail and "planted.cuh" in detail
+
+
+@pytest.mark.parametrize("bug", ["None", "NoBarrierAfterWait", "BarrierInHalfAWarp", "NobodySetsTheFlag", "PlainLoadOutOfGlobal", "LoopsForever"])
+def test_the_fibers_of_other_processors(problem, bug):
+    """ucontext in place of our own switch: scheduling, the fault handler's way out of a signal, the watch on loops."""
+    sim = build.module("_sim_tests", ucontext=True)
+    for schedule in SCHEDULES[::4]:
+        got, detail = outcome(sim, problem, bug, hang_seconds=1, **schedule)
+        assert got == {"None": "ok", "LoopsForever": "hang"}.get(bug) or got == ALWAYS[bug][0], detail
 
 
 def test_all_planted_bugs_are_covered():

@@ -14,16 +14,8 @@ LANES = np.arange(32)
 
 
 @pytest.fixture(scope="module")
-def simulator():
-    return build.module("_sim_tests")
-
-
-@pytest.fixture(scope="module")
-def gpu_library(tmp_path_factory):
-    """The kernels compiled by nvcc. Building it needs no GPU."""
-    if build.nvcc() is None:
-        pytest.skip("there is no nvcc")
-    return build.gpu_library("gpu_tests.cu", "sm_80", tmp_path_factory.mktemp("gpu"))
+def gpu_library(gpu_library_of):
+    return gpu_library_of("gpu_tests.cu", "sm_80")
 
 
 def test_kernels_compile_with_nvcc(gpu_library):
@@ -34,7 +26,7 @@ def test_kernels_compile_with_nvcc(gpu_library):
 def run(request):
     """run(kernel, inputs, out, n, grid, block, smem_bytes) -> out, on the simulator or a GPU."""
     if request.param == "simulator":
-        module = request.getfixturevalue("simulator")
+        module = request.getfixturevalue("sim")
 
         def on_simulator(name, inputs, out, n=(), **launch):
             module.run(name, inputs, out, list(n), **{"grid": 1, "block": 32, **launch})
@@ -158,10 +150,10 @@ def test_cp_async_fills_with_zeros(run, size):
 
 
 @pytest.mark.parametrize("completion", ["late", "eager", "random"])
-def test_cp_async_completes_whenever(simulator, completion):
+def test_cp_async_completes_whenever(sim, completion):
     data = np.arange(64 * 16, dtype=np.uint8).reshape(64, 16)
     out = np.zeros_like(data)
-    simulator.run("cp_async", [data, np.full(64, 16, np.int32)], out, [16], grid=1, block=64, smem_bytes=1024, completion=completion, seed=5)
+    sim.run("cp_async", [data, np.full(64, 16, np.int32)], out, [16], grid=1, block=64, smem_bytes=1024, completion=completion, seed=5)
     assert (out == data).all()
 
 

@@ -19,16 +19,8 @@ SPAN = {NONE: 16, SWIZZLE_128: 128, SWIZZLE_64: 64, SWIZZLE_32: 32}
 
 
 @pytest.fixture(scope="module")
-def sim():
-    return build.module("_sim_tests")
-
-
-@pytest.fixture(scope="module")
-def gpu_library(tmp_path_factory):
-    """The kernels compiled by nvcc. Building it needs no GPU."""
-    if build.nvcc() is None:
-        pytest.skip("there is no nvcc")
-    return build.gpu_library("gpu_tests_sm90.cu", "sm_90a", tmp_path_factory.mktemp("gpu"))
+def gpu_library(gpu_library_of):
+    return gpu_library_of("gpu_tests_sm90.cu", "sm_90a")
 
 
 def test_kernels_compile_with_nvcc(gpu_library):

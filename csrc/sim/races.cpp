@@ -93,20 +93,30 @@ void RaceChecker::check_readers(Thread& t, uint32_t granule, uint32_t words, con
     report(granule, std::string(doing) + " bytes that are still being read asynchronously for " + name(g.mover) + " since " +
         describe(g.async_site));
   if (!g.was_read) return;
-  for (int w = 0; w < num_warps_; ++w) {
-    const Read& r = reads_[granule * num_warps_ + w];
-    if ((r.words & words) && r.thread != t.index && r.count > (*t.knowledge)[r.thread])
-      report(granule, std::string(doing) + " bytes that " + name(r.thread) + " read at " + describe(r.site) +
-          ", and nothing orders the two");
+  for (int warp = 0; warp < num_warps_; ++warp) {
+    const Read& r = reads_[granule * num_warps_ + warp];
+    const int checked = r.one_reader ? 1 : 4;
+    for (int w = 0; w < checked; ++w) {
+      if (checked == 4 && !(words >> w & 1)) continue;
+      const int reader = r.thread[w];
+      if (reader != kNobody && reader != t.index && r.count[w] > (*t.knowledge)[reader])
+        report(granule, std::string(doing) + " bytes that " + name(reader) + " read at " + describe(r.site) +
+            ", and nothing orders the two");
+    }
   }
 }
 
+// One reader per warp and word, the latest: it stands for lanes that read the same word before it.
 void RaceChecker::record_read(Thread& t, uint32_t granule, uint32_t words) {
   granules_[granule].was_read = true;
   Read& r = reads_[granule * num_warps_ + t.warp->index];
-  // One entry per warp: it stands for the earlier read of another lane too, until that one is ordered before this one.
-  if (r.thread != kNobody && (r.thread == t.index ? r.count == t.count : r.count > (*t.knowledge)[r.thread])) words |= r.words;
-  r = {t.count, static_cast<uint16_t>(t.index), static_cast<uint16_t>(words), t.site};
+  r.one_reader = words == 0xf;
+  for (int w = 0; w < 4; ++w)
+    if (words >> w & 1) {
+      r.thread[w] = static_cast<uint16_t>(t.index);
+      r.count[w] = t.count;
+    }
+  r.site = t.site;
 }
 
 void RaceChecker::record_write(int agent, uint32_t count, uint32_t granule, uint32_t words, Site site, bool generic_proxy) {

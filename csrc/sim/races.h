@@ -72,7 +72,12 @@ class RaceChecker {
     uint16_t mover = kNobody;                   // thread that started the latest copy or asynchronous read
     Site write_site{nullptr, 0}, async_site{nullptr, 0};
   };
-  struct Read { uint32_t count = 0; uint16_t thread = kNobody; uint16_t words = 0; Site site{nullptr, 0}; };
+  struct Read {
+    uint32_t count[4] = {};                     // of the reader of each 4-byte word, when it read
+    uint16_t thread[4] = {kNobody, kNobody, kNobody, kNobody};
+    bool one_reader = true;                     // all four words have the thread and count of word 0
+    Site site{nullptr, 0};
+  };
 
   template <typename Visit>
   void each_granule(uint32_t offset, uint32_t bytes, Visit visit);
@@ -86,7 +91,7 @@ class RaceChecker {
   Cta& cta_;
   int num_threads_, num_warps_;
   std::vector<Granule> granules_;
-  std::vector<Read> reads_;                     // [granule][warp]: its latest read
+  std::vector<Read> reads_;                     // [granule][warp]: its latest read of each word
   bool proxies_;                                // sm_90
   std::vector<uint32_t> unfenced_;              // granules that may have unfenced words
 };

@@ -2,6 +2,7 @@
 
     sim = build.module("_sim")           the CUDA kernels of csrc/cuda, compiled by g++
     tests = build.module("_sim_tests")   the test kernels of this folder
+    build.module("_sim_tests", ucontext=True)   on the fibers of machines that are not x86-64
 """
 
 from __future__ import annotations
@@ -25,30 +26,32 @@ TREE = ROOT / "build" / f"{sys.implementation.cache_tag}-sim"
 
 
 @functools.lru_cache
-def configure() -> None:
-    """Runs CMake once per process. ninja and cmake may come from the environment of this interpreter."""
+def configure(ucontext: bool = False) -> Path:
+    """Runs CMake once per process. Returns its tree. ninja and cmake may come from the environment of this interpreter."""
+    tree = TREE.with_name(TREE.name + "-ucontext") if ucontext else TREE
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     command = [
-        shutil.which("cmake", path=path) or "cmake", "-S", str(ROOT), "-B", str(TREE), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+        shutil.which("cmake", path=path) or "cmake", "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DSARATHI_OUTPUT={TREE / 'out'}", "-DSARATHI_SIM=ON", "-DSARATHI_CUDA=OFF",
+        f"-DSARATHI_OUTPUT={tree / 'out'}", "-DSARATHI_SIM=ON", f"-DSARATHI_SIM_UCONTEXT={'ON' if ucontext else 'OFF'}", "-DSARATHI_CUDA=OFF",
     ]  # fmt: skip
     if ninja := shutil.which("ninja", path=path):
         command.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
     _run(command)
+    return tree
 
 
 @functools.lru_cache
-def module(name: str) -> ModuleType:
+def module(name: str, ucontext: bool = False) -> ModuleType:
     """Builds the target `name` (a moment when nothing changed) and imports it.
 
     Raises:
         RuntimeError: it does not compile; the message is the compiler's.
     """
-    configure()
+    tree = configure(ucontext)
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    _run([shutil.which("cmake", path=path) or "cmake", "--build", str(TREE), "--target", name])
-    file = TREE / "out" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    _run([shutil.which("cmake", path=path) or "cmake", "--build", str(tree), "--target", name])
+    file = tree / "out" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     spec = importlib.util.spec_from_file_location(name, file)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)

@@ -1,7 +1,5 @@
 // The sm_90a kernels on a GPU, behind one C function. Built and called by test_sim_sm90.py.
-#include <cstring>
-#include <vector>
-
+#include "gpu_arrays.h"
 #include "kernels_sm90.cuh"
 #include "planted_sm90.cuh"
 
@@ -47,27 +45,12 @@ extern "C" int sarathi_gpu_test_sm90(const char* name, const void* const* inputs
   SARATHI_TEST_KERNELS_SM90(ENTRY)
 #undef ENTRY
   if (kernel == nullptr) return -1;
-  Args args{};
-  std::memcpy(args.n, n, sizeof args.n);
-  std::vector<void*> held;
-  const auto copy_in = [&](const void* from, size_t bytes) {
-    void* device = nullptr;
-    cudaMalloc(&device, bytes);
-    cudaMemcpy(device, from, bytes, cudaMemcpyHostToDevice);
-    held.push_back(device);
-    return device;
-  };
-  for (int i = 0; i < num_inputs; ++i) args.in[i] = copy_in(inputs[i], input_bytes[i]);
-  args.out = copy_in(out, out_bytes);
+  DeviceArrays arrays(inputs, input_bytes, num_inputs, out, out_bytes, n);
   CUtensorMap map{};
-  int error = tensor->rank > 0 ? encode(&map, tensor->which < 0 ? args.out : const_cast<void*>(args.in[tensor->which]),
-      *tensor) : 0;
-  if (error == 0) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
-    kernel<<<grid, block, smem_bytes>>>(args, map);
-    error = cudaDeviceSynchronize();
+  if (tensor->rank > 0) {
+    void* base = tensor->which < 0 ? arrays.args.out : const_cast<void*>(arrays.args.in[tensor->which]);
+    if (const int error = encode(&map, base, *tensor); error != 0) return error;
   }
-  cudaMemcpy(out, args.out, out_bytes, cudaMemcpyDeviceToHost);
-  for (void* device : held) cudaFree(device);
-  return error != 0 ? error : cudaGetLastError();
+  DeviceArrays::launch(kernel, grid, block, smem_bytes, arrays.args, map);
+  return arrays.finish();
 }

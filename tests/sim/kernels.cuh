@@ -186,7 +186,21 @@ __global__ void atomics(const Args a) {
   }
 }
 
+// Every lane reads its own 4-byte word of shared memory and writes the word n[0] further on (0: its own), with no barrier
+// between the lanes. n[1]: bytes by which lanes lie apart. out: what it read.
+__global__ void own_words(const Args a) {
+  char* const smem = ptx::dynamic_smem<char>();
+  const auto word = [&](int lane) { return reinterpret_cast<int*>(smem + lane % 32 * a.n[1]); };
+  const int lane = threadIdx.x;
+  ptx::st_shared(word(lane), lane);
+  __syncwarp();
+  const int value = ptx::ld_shared(word(lane));
+  ptx::st_shared(word(lane + a.n[0]), value + 1);
+  output<int>(a)[lane] = value;
+}
+
 #define SARATHI_TEST_KERNELS(X) \
-  X(ldmatrix) X(mma) X(cp_async) X(shuffle) X(vote) X(narrow) X(widen) X(approximate) X(named_barriers) X(last_arriver) X(relay) X(atomics)
+  X(ldmatrix) X(mma) X(cp_async) X(shuffle) X(vote) X(narrow) X(widen) X(approximate) X(named_barriers) X(last_arriver) X(relay) X(atomics) \
+  X(own_words)
 
 }  // namespace sarathi::testing
