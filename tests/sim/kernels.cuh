@@ -194,7 +194,7 @@ __global__ void own_words(const Args a) {
   const int lane = threadIdx.x;
   ptx::st_shared(word(lane), lane);
   __syncwarp();
-  const int value = ptx::ld_shared(word(lane));
+  const int value = ptx::shfl(ptx::ld_shared(word(lane)), lane);  // all have read before the first writes
   ptx::st_shared(word(lane + a.n[0]), value + 1);
   output<int>(a)[lane] = value;
 }
