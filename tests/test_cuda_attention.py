@@ -124,15 +124,33 @@ def test_the_cache_may_be_larger_than_two_to_the_31_elements():
     check(small, out, lse)
 
 
-def test_one_launch_moves_each_key_once_and_wastes_no_bank():
-    """Bytes and bank conflicts are facts of the source: K and V of a decode pass once, and the swizzle has no conflicts."""
-    for dim in cuda.HEAD_DIMS:
-        inputs = make_inputs(Case("decodes", ((1, 640), (1, 100)), make_spec((8, 2), dim)), torch.bfloat16)
-        *_, stats = cuda_sim.attention(inputs)
-        kv = 2 * 740 * 2 * dim * 2
-        q = 2 * 8 * dim * 2
-        assert stats["global_to_shared_bytes"] == kv + q
-        assert stats["ldmatrix_conflicts"] == 0
+@pytest.mark.parametrize("dim", cuda.HEAD_DIMS)
+def test_one_launch_moves_each_key_once_and_wastes_no_bank(dim):
+    """Facts of the source: K and V of a decode pass once, in full sectors, and no access to shared memory has a bank conflict."""
+    inputs = make_inputs(Case("decodes", ((1, 640), (1, 100)), make_spec((8, 2), dim)), torch.bfloat16)
+    *_, stats = cuda_sim.attention(inputs, profile=True)
+    kv = 2 * 740 * 2 * dim * 2
+    q = 2 * 8 * dim * 2
+    assert stats["global_to_shared_bytes"] == kv + q
+    copies = {line: t for line, t in stats["lines"].items() if line.endswith("copy from global")}
+    assert sorted(t["bytes"] for t in copies.values()) == [q, kv]
+    assert all(t["sectors"] == t["bytes"] // 32 for t in copies.values())
+    assert_no_conflicts(stats)
+
+
+@pytest.mark.parametrize("dim", cuda.HEAD_DIMS)
+def test_prefill_reads_its_keys_once_per_tile_and_wastes_no_bank(dim):
+    inputs = make_inputs(Case("chunk", ((100, 200),), make_spec((4, 1), dim)), torch.bfloat16)
+    *_, stats = cuda_sim.attention(inputs, profile=True)
+    keys = inputs.plan("reference", config=cuda.plan_config(inputs.spec)).work_items[:, [3, 4]].diff().sum().item()
+    assert stats["global_to_shared_bytes"] == 2 * keys * dim * 2 + 100 * 4 * dim * 2
+    assert_no_conflicts(stats)
+
+
+def assert_no_conflicts(stats):
+    assert stats["ldmatrix_conflicts"] == 0 and stats["ldmatrix_wavefronts"] > 0
+    shared = {line: t for line, t in stats["lines"].items() if "shared" in line}
+    assert len(shared) >= 8 and not {line: t for line, t in shared.items() if t["conflicts"]}
 
 
 @pytest.mark.parametrize("short", ["block_table", "sinks", "work_items"])

@@ -306,7 +306,10 @@ struct UnitRun {
         const float weight = rebase(part.max, state.max);
         state.sum += weight * part.sum;
         const auto* from = reinterpret_cast<const float4*>(scratch() + (w * Tile::kRows + row) * Tile::kScratchPitch + chunk * 8);
-        const float4 low = ptx::ld_shared(from), high = ptx::ld_shared(from + 1);
+        // Chunks four apart share their banks, so every other four read their halves the other way round.
+        const int flip = chunk / 4 % 2;
+        const float4 first = ptx::ld_shared(from + flip), second = ptx::ld_shared(from + 1 - flip);
+        const float4 low = flip ? second : first, high = flip ? first : second;
         const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
         for (int e = 0; e < 8; ++e) sums[e] += weight * x[e];

@@ -51,7 +51,8 @@ inline uint32_t vote(uint32_t mask, bool predicate, Site site) {
     uint32_t ballot = 0;
     for (uint32_t rest = lanes; rest != 0; rest &= rest - 1)
       ballot |= static_cast<uint32_t>(static_cast<Operand*>(operands[__builtin_ctz(rest)])->predicate) << __builtin_ctz(rest);
-    for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) static_cast<Operand*>(operands[__builtin_ctz(rest)])->ballot = ballot;
+    for (uint32_t rest = lanes; rest != 0; rest &= rest - 1)
+      static_cast<Operand*>(operands[__builtin_ctz(rest)])->ballot = ballot;
   }, site);
   return operand.ballot;
 }

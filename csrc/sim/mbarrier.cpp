@@ -211,7 +211,8 @@ bool elect(Site site) {
     // Always the same lane of a mask; which one is the hardware's affair.
     const int leader = machine.config.seed == 0 ? __builtin_ctz(mask) : static_cast<int>(machine.config.seed * 7 % kWarpSize);
     for (int lane = 0; lane < kWarpSize; ++lane)
-      if (mask >> lane & 1) static_cast<Operand*>(operands[lane])->leader = warp.members >> leader & 1 ? leader : __builtin_ctz(mask);
+      if (mask >> lane & 1)
+        static_cast<Operand*>(operands[lane])->leader = warp.members >> leader & 1 ? leader : __builtin_ctz(mask);
   }, site);
   return operand.leader == self().lane;
 }

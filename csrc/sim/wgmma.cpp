@@ -16,7 +16,8 @@ Descriptor decode(uint64_t d, const char* which) {
   const auto field = [d](int bit) { return static_cast<uint32_t>(d >> bit & 0x3fff) << 4; };
   const Descriptor x{field(0), field(16), field(32), static_cast<Swizzle>(d >> 62)};
   if (d >> 49 & 7) fail("bad_operand", std::string("wgmma descriptor of ") + which + ": a base offset is not simulated");
-  const uint32_t atom = x.swizzle == Swizzle::k128 ? 0x380 : x.swizzle == Swizzle::k64 ? 0x180 : x.swizzle == Swizzle::k32 ? 0x80 : 0;
+  const uint32_t atom =
+      x.swizzle == Swizzle::k128 ? 0x380 : x.swizzle == Swizzle::k64 ? 0x180 : x.swizzle == Swizzle::k32 ? 0x80 : 0;
   if (x.start & atom)
     fail("bad_operand", std::string("wgmma descriptor of ") + which + ": it starts at shared byte " +
         std::to_string(x.start - kSharedBase) +
