@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/cpu.h"
+#include "cpu/decoder.h"
 #include "cpu/isa.h"
 #include "cpu/linear.h"
 #include "plan.h"
@@ -62,6 +63,16 @@ void run(const py::bytes& packed, int threads) {
   op(params, threads);
 }
 
+void run_decoder(const py::bytes& params, const py::bytes& qkv, const py::bytes& o, const py::bytes& gate_up, const py::bytes& down,
+                 const py::bytes& head, const py::bytes& append, const py::bytes& attention, int threads) {
+  const cpu::DecoderOps ops{unpack<cpu::LinearParams>(qkv), unpack<cpu::LinearParams>(o), unpack<cpu::LinearParams>(gate_up),
+                            unpack<cpu::LinearParams>(down), unpack<cpu::LinearParams>(head), unpack<AppendKvParams>(append),
+                            unpack<AttentionParams>(attention)};
+  const auto p = unpack<cpu::DecoderParams>(params);
+  py::gil_scoped_release release;
+  cpu::decoder(p, ops, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -80,6 +91,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_append_kv", &run<AppendKvParams, cpu::append_kv>);
   m.def("cpu_merge_states", &run<MergeParams, cpu::merge_states>);
   m.def("cpu_linear", &run<cpu::LinearParams, cpu::linear>);
+  m.def("cpu_decoder", &run_decoder);
   m.def("cpu_has_linear", &cpu::has_linear);
   m.def("cpu_isa", [] { return kernels().name; });
   m.def("cpu_set_isa", &set_isa);

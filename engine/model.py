@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import sarathi_kernels as sk
 import torch
+from sarathi_kernels.memory import empty_huge
 
 from engine.batch import StepInput
 from engine.linear import make_linear
@@ -46,14 +49,24 @@ class Model:
         self.head = make_linear(weights.head, norm=weights.norm, eps=config.rms_eps)
         self.cos_sin = rotary_table(config, max_model_len)
         # [num_layers, 2, num_pages, page_size, num_kv_heads, head_dim], not cleared: unused slots are never read.
-        self.kv_cache = torch.empty((config.num_layers, 2, *self.spec.kv_cache_shape(num_pages)), dtype=self.dtype)
+        self.kv_cache = empty_huge((config.num_layers, 2, *self.spec.kv_cache_shape(num_pages)), self.dtype)
+        self.decoder = self._decoder()
+
+    def _decoder(self) -> sk.Decoder | None:
+        """The whole step as one native call, where every layer has a native kernel; `__call__` does the same in single ops."""
+        layers = [sk.DecoderLayer(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in self.layers]
+        if not all(isinstance(linear, sk.PackedLinear) for linear in (self.head, *itertools.chain(*layers))):
+            return None
+        return sk.Decoder(self.spec, self.embedding, layers, self.head, self.kv_cache, self.cos_sin)
 
     def __call__(self, step: StepInput) -> torch.Tensor:
         """One step. Puts the step's keys and values into the cache.
 
         Returns:
-            Logits [num_samples, vocab_size] of the rows in `step.logit_rows`.
+            Logits [num_samples, vocab_size] of the rows in `step.logit_rows`, valid until the next step.
         """
+        if self.decoder is not None and step.plan.backend == "cpu":
+            return self.decoder(step.input_ids, step.positions, step.slot_mapping, step.plan, step.logit_rows)
         x = self.embedding[step.input_ids]
         attended = torch.empty((len(x), self.spec.num_q_heads, self.spec.head_dim), dtype=self.dtype)
         for i, layer in enumerate(self.layers):

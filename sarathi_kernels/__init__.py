@@ -3,6 +3,7 @@
 from sarathi_kernels.attention import attention
 from sarathi_kernels.backends import backend_reasons
 from sarathi_kernels.chunking import aligned_chunk, tile_tokens
+from sarathi_kernels.decoder import Decoder, DecoderLayer
 from sarathi_kernels.kv_cache import append_kv, slot_mapping, token_positions
 from sarathi_kernels.linear import PackedLinear, linear_reason
 from sarathi_kernels.merge import merge_states
@@ -13,6 +14,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionPlan",
     "AttentionSpec",
+    "Decoder",
+    "DecoderLayer",
     "Limits",
     "PackedLinear",
     "Workspace",

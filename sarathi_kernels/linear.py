@@ -12,10 +12,12 @@ import struct
 import torch
 
 from sarathi_kernels import _native
+from sarathi_kernels.memory import Arena
 
 _PARAMS = struct.Struct("@5P 2q 3i i f 0q")  # LinearParams in csrc/cpu/linear.h; the native side checks the size
-_STORE, _ADD, _SWIGLU, _FLOAT = range(4)
+STORE, ADD, SWIGLU, FLOAT = range(4)  # Epilogue in linear.h
 KINDS = ("bfloat16", "int8")
+_arena = Arena()
 
 
 def linear_reason(out_features: int, in_features: int) -> str | None:
@@ -61,43 +63,48 @@ class PackedLinear:
             self._scale = weight.abs().amax(1).clamp(min=1e-30) / 127
             weight = torch.round(weight / self._scale.unsqueeze(1)).add_(128).to(torch.uint8)
         packed = weight.to(torch.uint8 if kind == "int8" else torch.bfloat16).view(n // 32, 32, k // depth, depth).permute(0, 2, 1, 3)
-        self._packed = _aligned(packed.shape, packed.dtype).copy_(packed)
+        self._packed = _arena.take(packed.shape, packed.dtype).copy_(packed)
 
-    def __call__(self, x: torch.Tensor, *, add_to: torch.Tensor | None = None, float32: bool = False) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, *, add_to: torch.Tensor | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """Runs the layer.
 
         Args:
             x: [tokens, in_features] bfloat16, innermost stride 1.
-            add_to: [tokens, out_features] bfloat16: the result is added to it in place, and it is returned.
-            float32: give float32, not bfloat16.
+            add_to: [tokens, out_features] bfloat16, other memory than x: the result is added to it in place, and it is returned.
+            out: [tokens, width] bfloat16 or float32, other memory than x, width being out_features or, for SwiGLU, half of it:
+                written in place.
 
         Raises:
-            ValueError: a shape or dtype is wrong, or `add_to` or `float32` is asked of a SwiGLU or together.
+            ValueError: a shape or dtype is wrong, or more than one of SwiGLU, `add_to` and float32 is asked for.
         """
         tokens, width = x.shape[0], self.out_features // 2 if self.swiglu else self.out_features
         if x.shape != (tokens, self.in_features) or x.dtype != torch.bfloat16 or x.stride(1) != 1 or x.device.type != "cpu":
             raise ValueError(f"x must be bfloat16 of shape (tokens, {self.in_features}) on the CPU with innermost stride 1, got {x.dtype} {tuple(x.shape)}")
-        if self.swiglu + float32 + (add_to is not None) > 1:
-            raise ValueError("a linear has one epilogue: swiglu, add_to or float32")
-        if add_to is not None and (add_to.shape != (tokens, width) or add_to.dtype != torch.bfloat16 or add_to.stride(1) != 1):
-            raise ValueError(f"add_to must be bfloat16 of shape {(tokens, width)} with innermost stride 1, got {add_to.dtype} {tuple(add_to.shape)}")
-        out = torch.empty((tokens, width), dtype=torch.float32 if float32 else torch.bfloat16) if add_to is None else add_to
-        epilogue = _SWIGLU if self.swiglu else _FLOAT if float32 else _STORE if add_to is None else _ADD
-        packed = _PARAMS.pack(
-            x.data_ptr(), _address(self._norm), self._packed.data_ptr(), _address(self._scale), out.data_ptr(),
-            x.stride(0), out.stride(0), tokens, self.out_features, self.in_features, epilogue, self.eps,
+        if self.swiglu + (out is not None and out.dtype == torch.float32) + (add_to is not None) > 1 or (add_to is not None and out is not None):
+            raise ValueError("a linear has one epilogue: swiglu, add_to or a float32 out")
+        name, to, kinds = ("out", out, (torch.bfloat16, torch.float32)) if add_to is None else ("add_to", add_to, (torch.bfloat16,))
+        if to is None:
+            to = torch.empty((tokens, width), dtype=torch.bfloat16)
+        elif to.shape != (tokens, width) or to.dtype not in kinds or to.stride(1) != 1 or to.data_ptr() == x.data_ptr() != 0:
+            raise ValueError(
+                f"{name} must be {' or '.join(map(str, kinds))} of shape {(tokens, width)} with innermost stride 1 and not x itself, "
+                f"got {to.dtype} {tuple(to.shape)}"
+            )
+        epilogue = SWIGLU if self.swiglu else FLOAT if to.dtype == torch.float32 else STORE if add_to is None else ADD
+        _native.cpu_linear(self.pack(x, to, epilogue), torch.get_num_threads())
+        return to
+
+    def pack(self, x: torch.Tensor, out: torch.Tensor, epilogue: int) -> bytes:
+        """The argument block of one call, unchecked. It holds addresses: the layer and the tensors must outlive it."""
+        return _PARAMS.pack(
+            x.data_ptr(), *self.addresses(), out.data_ptr(),
+            x.stride(0), out.stride(0), x.shape[0], self.out_features, self.in_features, epilogue, self.eps,
         )  # fmt: skip
-        _native.cpu_linear(packed, torch.get_num_threads())
-        return out
+
+    def addresses(self) -> tuple[int, int, int]:
+        """Where the norm, the packed weights and their scales are; 0 is none."""
+        return _address(self._norm), self._packed.data_ptr(), _address(self._scale)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _aligned(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """An empty tensor at a multiple of 64 bytes."""
-    spare = 64 // dtype.itemsize
-    memory = torch.empty(shape.numel() + spare, dtype=dtype)
-    skip = -memory.data_ptr() % 64 // dtype.itemsize
-    return memory[skip : skip + shape.numel()].view(shape)

@@ -29,7 +29,7 @@ def test_every_epilogue_against_float64(kind, rows, n, k):
     normed = functional.rms_norm(x.double(), (k,), norm.double(), 1e-5) @ weight.double().T
     residual = torch.randn(rows, n).bfloat16()
     assert error(sk.PackedLinear(weight, kind)(x), plain) < ERROR[kind]
-    assert error(sk.PackedLinear(weight, kind, norm=norm, eps=1e-5)(x, float32=True), normed) < ERROR[kind]
+    assert error(sk.PackedLinear(weight, kind, norm=norm, eps=1e-5)(x, out=torch.full((rows, n), torch.nan)), normed) < ERROR[kind]
     total = residual.clone()
     assert sk.PackedLinear(weight, kind)(x, add_to=total) is total
     assert error(total, residual.double() + plain) < ERROR[kind]
@@ -57,15 +57,17 @@ def test_no_rows_and_rows_of_zeros():
 
 def test_bad_input_is_refused_with_the_values():
     x, weight, norm = inputs(3, 64, 48)
-    layer = sk.PackedLinear(weight, "bfloat16")
+    layer, square, y = sk.PackedLinear(weight, "bfloat16"), sk.PackedLinear(weight[:32, :32], "bfloat16"), torch.zeros(3, 32).bfloat16()
     for make, message in [
         (lambda: sk.PackedLinear(weight, "int4"), "kind must be one of bfloat16, int8, got 'int4'"),
         (lambda: sk.PackedLinear(weight[:40], "int8"), "multiple of 32 .* got 40 and 48"),
         (lambda: sk.PackedLinear(weight, "int8", norm=norm[:5]), r"norm must have shape \(48,\), got \(5,\)"),
         (lambda: layer(x[:, :32]), r"x must be bfloat16 of shape \(tokens, 48\)"),
         (lambda: layer(x.float()), "got torch.float32"),
-        (lambda: layer(x, add_to=torch.zeros(3, 64)), "add_to must be bfloat16"),
-        (lambda: layer(x, add_to=torch.zeros(3, 64).bfloat16(), float32=True), "one epilogue"),
+        (lambda: layer(x, add_to=torch.zeros(3, 64)), "add_to must be torch.bfloat16"),
+        (lambda: layer(x, add_to=torch.zeros(3, 64).bfloat16(), out=torch.zeros(3, 64)), "one epilogue"),
+        (lambda: layer(x, out=torch.zeros(3, 64).half()), "out must be torch.bfloat16 or torch.float32"),
+        (lambda: square(y, add_to=y), "not x itself"),
     ]:
         with pytest.raises(ValueError, match=message):
             make()

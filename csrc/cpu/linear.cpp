@@ -1,4 +1,4 @@
-// Linear layers: rows are prepared once, then threads draw tiles of outputs.
+// Linear layers on the pool's threads.
 #include "linear.h"
 
 #include <algorithm>
@@ -9,43 +9,57 @@
 namespace sarathi::cpu {
 namespace {
 
-constexpr int32_t kRowBlock = 264;  // prepared rows that stay in a core's L2 while all outputs pass by; 22 tiles of 12
+constexpr int64_t kRowBlockBytes = 800 << 10;  // prepared rows that stay in a core's L2 while its share of the outputs passes by
 
-struct Queue {
+// Rows are prepared first, where that is more than to read them.
+struct Rows {
+  static constexpr int32_t kChunk = 16;
   const LinearParams& p;
-  char* values;
-  float* scales;
-  int32_t* sums;
-  int32_t row_blocks, chunk, chunks;  // outputs are drawn `chunk` blocks of 32 at a time
-  std::atomic<int32_t> next_rows{0}, next{0};
+  const Panel& panel;
+  std::atomic<int32_t> next{0};
 
-  static constexpr int32_t kPrepareRows = 16;
-
-  void prepare() {
-    for (int32_t begin; (begin = next_rows.fetch_add(kPrepareRows, std::memory_order_relaxed)) < p.rows;)
-      avx512vnni::prepare(p, begin, std::min(p.rows, begin + kPrepareRows), values, scales, sums);
-  }
-
-  void multiply() {
-    for (int32_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < row_blocks * chunks;) {
-      const int32_t rows = unit / chunks * kRowBlock, block = unit % chunks * chunk;
-      avx512vnni::multiply(p, rows, std::min(p.rows, rows + kRowBlock), block, std::min(p.n / 32, block + chunk), values, scales, sums);
-    }
+  void drain() {
+    for (int32_t begin; (begin = next.fetch_add(kChunk, std::memory_order_relaxed)) < p.rows;)
+      avx512vnni::prepare(p, panel, begin, std::min(p.rows, begin + kChunk));
   }
 };
+
+// Then units of (rows, 32 outputs) are shared out. Each thread streams a range of its own, in which no other thread's stride
+// interrupts the prefetchers; who is done helps in the others' ranges.
+struct Units {
+  static constexpr int kRanges = 64;
+  const LinearParams& p;
+  const Panel& panel;
+  int32_t row_blocks, ranges;
+  std::atomic<int32_t> arrived{0};
+  std::atomic<int32_t> next[kRanges] = {};  // within each range
+
+  void drain() {
+    const int32_t mine = arrived.fetch_add(1, std::memory_order_relaxed), blocks = p.n / 32;
+    for (int32_t i = 0; i < ranges; ++i) {
+      const int32_t range = (mine + i) % ranges, begin = begin_of(range), end = begin_of(range + 1);
+      for (int32_t unit; (unit = begin + next[range].fetch_add(1, std::memory_order_relaxed)) < end;)
+        avx512vnni::multiply(p, panel, begin_of_rows(unit / blocks), begin_of_rows(unit / blocks + 1), unit % blocks);
+    }
+  }
+  int32_t begin_of(int32_t range) const { return static_cast<int32_t>(static_cast<int64_t>(p.n / 32) * row_blocks * range / ranges); }
+  int32_t begin_of_rows(int32_t block) const { return static_cast<int32_t>(static_cast<int64_t>(p.rows) * block / row_blocks); }
+};
+
+template <class Work>
+void drain_on_threads(Work&& work, int threads) {
+  run_on_threads(threads, [](void* w) { static_cast<Work*>(w)->drain(); }, &work);
+}
 
 }  // namespace
 
 void linear(const LinearParams& p, int threads) {
   if (p.rows == 0) return;
-  const size_t value_bytes = (static_cast<size_t>(p.rows) * p.k * (p.w_scale ? 1 : 2) + 63) / 64 * 64;
-  char* scratch = thread_scratch(value_bytes + p.rows * (sizeof(float) + sizeof(int32_t)));
-  const int32_t blocks = p.n / 32, row_blocks = (p.rows + kRowBlock - 1) / kRowBlock;
-  const int32_t chunk = std::max(1, blocks / (8 * threads)), chunks = (blocks + chunk - 1) / chunk;
-  float* scales = reinterpret_cast<float*>(scratch + value_bytes);
-  Queue queue{p, scratch, scales, reinterpret_cast<int32_t*>(scales + p.rows), row_blocks, chunk, chunks};
-  run_on_threads(p.rows > 64 ? threads : 1, [](void* q) { static_cast<Queue*>(q)->prepare(); }, &queue);
-  run_on_threads(threads, [](void* q) { static_cast<Queue*>(q)->multiply(); }, &queue);
+  threads = std::min(threads, Units::kRanges);
+  const Panel panel = avx512vnni::panel_of(p, thread_scratch(avx512vnni::scratch_bytes(p)));
+  if (!panel.in_place) drain_on_threads(Rows{p, panel}, p.rows > 2 * Rows::kChunk ? threads : 1);
+  const int32_t row_blocks = static_cast<int32_t>((p.rows * panel.row_bytes + kRowBlockBytes - 1) / kRowBlockBytes);
+  drain_on_threads(Units{p, panel, row_blocks, threads}, threads);
 }
 
 bool has_linear() {
@@ -60,8 +74,10 @@ bool has_linear() {
 
 #if !defined(SARATHI_X86)
 namespace avx512vnni {
-void prepare(const LinearParams&, int32_t, int32_t, char*, float*, int32_t*) {}
-void multiply(const LinearParams&, int32_t, int32_t, int32_t, int32_t, const char*, const float*, const int32_t*) {}
+size_t scratch_bytes(const LinearParams&) { return 0; }
+Panel panel_of(const LinearParams&, char*) { return {}; }
+void prepare(const LinearParams&, const Panel&, int32_t, int32_t) {}
+void multiply(const LinearParams&, const Panel&, int32_t, int32_t, int32_t) {}
 }  // namespace avx512vnni
 #endif
 

@@ -25,12 +25,22 @@ struct LinearParams {
 bool has_linear();
 void linear(const LinearParams&, int threads);
 
+// All rows as the tiles want them.
+struct Panel {
+  const char* values;  // [rows, k] int8 or bfloat16, at a stride of row_bytes
+  int64_t row_bytes;
+  float* scales;       // [rows], int8 only
+  int32_t* sums;       // [rows], int8 only: 128 times the sum of the row's values
+  bool in_place;       // x is as wanted already: nothing to prepare
+};
+
 namespace avx512vnni {
-// What `prepare` leaves of each row: values [k] at a stride of row_bytes, then scale and 128 * sum of the int8 values.
-void prepare(const LinearParams&, int32_t row_begin, int32_t row_end, char* values, float* scales, int32_t* sums);
-// Rows [row_begin, row_end) by blocks [block_begin, block_end) of 32 outputs.
-void multiply(const LinearParams&, int32_t row_begin, int32_t row_end, int32_t block_begin, int32_t block_end,
-              const char* values, const float* scales, const int32_t* sums);
+// Where the prepared rows will be; `scratch`: scratch_bytes(p), aligned to 64.
+size_t scratch_bytes(const LinearParams&);
+Panel panel_of(const LinearParams&, char* scratch);
+void prepare(const LinearParams&, const Panel&, int32_t row_begin, int32_t row_end);
+// Prepared rows [row_begin, row_end) by the 32 outputs of a block.
+void multiply(const LinearParams&, const Panel&, int32_t row_begin, int32_t row_end, int32_t block);
 }  // namespace avx512vnni
 
 }  // namespace sarathi::cpu

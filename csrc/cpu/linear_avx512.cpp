@@ -11,6 +11,7 @@ namespace sarathi::cpu::avx512vnni {
 namespace {
 
 constexpr int kRows = 12;
+constexpr int64_t kStreamAhead = 4096;  // bytes of weights asked for early where each is used once
 static_assert(2 * kRows + 3 <= 32, "accumulators, two weight vectors and a broadcast must fit the registers");
 
 inline __m512 load_bf16(const uint16_t* p) {
@@ -63,10 +64,10 @@ struct Int8 {
   static constexpr int kDepth = 4, kBytes = 1;
   static Accumulator zero() { return _mm512_setzero_si512(); }
   static Accumulator dot(Accumulator acc, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(acc, w, x); }
-  static __m512 value(Accumulator acc, const __m512 w_scale, int64_t row, const float* scales, const int32_t* sums) {
+  static __m512 value(Accumulator acc, const __m512 w_scale, const Panel& panel, int32_t row) {
     // Weights were stored + 128: take 128 * sum(x) off again.
-    const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc, _mm512_set1_epi32(sums[row])));
-    return _mm512_mul_ps(_mm512_mul_ps(exact, _mm512_set1_ps(scales[row])), w_scale);
+    const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc, _mm512_set1_epi32(panel.sums[row])));
+    return _mm512_mul_ps(_mm512_mul_ps(exact, _mm512_set1_ps(panel.scales[row])), w_scale);
   }
 };
 
@@ -77,20 +78,21 @@ struct Bf16 {
   static Accumulator dot(Accumulator acc, __m512i w, __m512i x) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
   }
-  static __m512 value(Accumulator acc, const __m512, int64_t, const float*, const int32_t*) { return acc; }
+  static __m512 value(Accumulator acc, const __m512, const Panel&, int32_t) { return acc; }
 };
 
-template <class Type, int kCount>
-void tile(const LinearParams& p, int32_t row, int32_t block, const char* values, const float* scales, const int32_t* sums) {
+// Rows [row, row + kCount) by one block of outputs. Each step also asks for `ahead`: weights that come later.
+template <class Type, int kCount, _mm_hint kHint>
+void tile(const LinearParams& p, const Panel& panel, int32_t row, int32_t block, const char* ahead, int32_t ahead_step) {
   typename Type::Accumulator acc[kCount][2];
   for (int i = 0; i < kCount; ++i) acc[i][0] = acc[i][1] = Type::zero();
-  const int64_t stride = static_cast<int64_t>(p.k) * Type::kBytes;
-  const char* x = values + row * stride;
-  const uint8_t* w = p.w + static_cast<int64_t>(block) * stride * 32;
-  for (int32_t offset = 0; offset < stride; offset += 4, w += 128) {
+  const int64_t bytes = static_cast<int64_t>(p.k) * Type::kBytes, stride = panel.row_bytes;
+  const char* x = panel.values + row * stride;
+  const uint8_t* w = p.w + block * bytes * 32;
+  for (int32_t offset = 0; offset < bytes; offset += 4, w += 128, ahead += ahead_step) {
     const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
-    _mm_prefetch(reinterpret_cast<const char*>(w) + 1024, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(w) + 1088, _MM_HINT_T0);
+    _mm_prefetch(ahead, kHint);
+    _mm_prefetch(ahead + 64, kHint);
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) {
       int32_t pair;
@@ -105,32 +107,45 @@ void tile(const LinearParams& p, int32_t row, int32_t block, const char* values,
   const __m512 s1 = p.w_scale ? _mm512_loadu_ps(p.w_scale + block * 32 + 16) : none;
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i)
-    finish(p, row + i, block, Type::value(acc[i][0], s0, row + i, scales, sums), Type::value(acc[i][1], s1, row + i, scales, sums));
+    finish(p, row + i, block, Type::value(acc[i][0], s0, panel, row + i), Type::value(acc[i][1], s1, panel, row + i));
 }
 
-using Tile = void (*)(const LinearParams&, int32_t, int32_t, const char*, const float*, const int32_t*);
-template <class Type>
-constexpr Tile kTiles[kRows] = {tile<Type, 1>, tile<Type, 2>, tile<Type, 3>, tile<Type, 4>,  tile<Type, 5>,  tile<Type, 6>,
-                                tile<Type, 7>, tile<Type, 8>, tile<Type, 9>, tile<Type, 10>, tile<Type, 11>, tile<Type, 12>};
+using Tile = void (*)(const LinearParams&, const Panel&, int32_t, int32_t, const char*, int32_t);
+template <class Type, _mm_hint kHint>
+constexpr Tile kTiles[kRows] = {tile<Type, 1, kHint>, tile<Type, 2, kHint>, tile<Type, 3, kHint>,  tile<Type, 4, kHint>,
+                                tile<Type, 5, kHint>, tile<Type, 6, kHint>, tile<Type, 7, kHint>,  tile<Type, 8, kHint>,
+                                tile<Type, 9, kHint>, tile<Type, 10, kHint>, tile<Type, 11, kHint>, tile<Type, 12, kHint>};
 
 template <class Type>
-void multiply_as(const LinearParams& p, int32_t row_begin, int32_t row_end, int32_t block_begin, int32_t block_end,
-                 const char* values, const float* scales, const int32_t* sums) {
-  for (int32_t block = block_begin; block < block_end; ++block) {
-    int32_t tiles = (row_end - row_begin + kRows - 1) / kRows;
-    for (int32_t row = row_begin; row < row_end; --tiles) {  // rows shared out evenly: 13 are 7 and 6, not 12 and 1
-      const int32_t count = (row_end - row + tiles - 1) / tiles;
-      kTiles<Type>[count - 1](p, row, block, values, scales, sums);
-      row += count;
-    }
+void multiply_as(const LinearParams& p, const Panel& panel, int32_t row_begin, int32_t row_end, int32_t block) {
+  const int32_t rows = row_end - row_begin, tiles = (rows + kRows - 1) / kRows;
+  const int64_t bytes = static_cast<int64_t>(p.k) * Type::kBytes * 32;
+  const char* w = reinterpret_cast<const char*>(p.w) + block * bytes;
+  if (tiles == 1) return kTiles<Type, _MM_HINT_T1>[rows - 1](p, panel, row_begin, block, w + kStreamAhead, 128);
+  for (int32_t row = row_begin, left = tiles; left > 0; --left) {  // rows shared out evenly: 13 are 7 and 6, not 12 and 1
+    const int32_t count = (row_end - row + left - 1) / left;
+    kTiles<Type, _MM_HINT_T0>[count - 1](p, panel, row, block, w + bytes + bytes * (tiles - left) / tiles, 128 / tiles);
+    row += count;
   }
 }
 
 }  // namespace
 
-void prepare(const LinearParams& p, int32_t row_begin, int32_t row_end, char* values, float* scales, int32_t* sums) {
+size_t scratch_bytes(const LinearParams& p) {
+  return p.rows * (static_cast<size_t>(p.k) * (p.w_scale ? 1 : 2) + sizeof(float) + sizeof(int32_t)) + 64;
+}
+
+Panel panel_of(const LinearParams& p, char* scratch) {
+  if (!p.w_scale && !p.norm) return {reinterpret_cast<const char*>(p.x), 2 * p.x_stride, nullptr, nullptr, true};
+  const int64_t row_bytes = static_cast<int64_t>(p.k) * (p.w_scale ? 1 : 2);
+  float* scales = reinterpret_cast<float*>(scratch + p.rows * row_bytes);
+  return {scratch, row_bytes, scales, reinterpret_cast<int32_t*>(scales + p.rows), false};
+}
+
+void prepare(const LinearParams& p, const Panel& panel, int32_t row_begin, int32_t row_end) {
   for (int64_t row = row_begin; row < row_end; ++row) {
     const uint16_t* x = p.x + row * p.x_stride;
+    char* values = const_cast<char*>(panel.values) + row * panel.row_bytes;
     __m512 squares = _mm512_setzero_ps(), largest = _mm512_setzero_ps();
     for (int32_t i = 0; i < p.k; i += 16) {
       __m512 v = load_bf16(x + i);
@@ -149,19 +164,18 @@ void prepare(const LinearParams& p, int32_t row_begin, int32_t row_end, char* va
       if (p.w_scale) {
         const __m512i q = _mm512_cvtps_epi32(v);
         sum = _mm512_add_epi32(sum, q);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(values + row * p.k + i), _mm512_cvtepi32_epi8(q));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(values + i), _mm512_cvtepi32_epi8(q));
       } else {
-        store_bf16(reinterpret_cast<uint16_t*>(values) + row * p.k + i, v);
+        store_bf16(reinterpret_cast<uint16_t*>(values) + i, v);
       }
     }
-    scales[row] = top * factor / 127.f;
-    sums[row] = 128 * _mm512_reduce_add_epi32(sum);
+    panel.scales[row] = top * factor / 127.f;
+    panel.sums[row] = 128 * _mm512_reduce_add_epi32(sum);
   }
 }
 
-void multiply(const LinearParams& p, int32_t row_begin, int32_t row_end, int32_t block_begin, int32_t block_end,
-              const char* values, const float* scales, const int32_t* sums) {
-  (p.w_scale ? multiply_as<Int8> : multiply_as<Bf16>)(p, row_begin, row_end, block_begin, block_end, values, scales, sums);
+void multiply(const LinearParams& p, const Panel& panel, int32_t row_begin, int32_t row_end, int32_t block) {
+  (p.w_scale ? multiply_as<Int8> : multiply_as<Bf16>)(p, panel, row_begin, row_end, block);
 }
 
 }  // namespace sarathi::cpu::avx512vnni

@@ -61,34 +61,41 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def attention(call: AttentionCall) -> None:
+def pack_attention(call: AttentionCall) -> bytes:
+    """The argument block of one attention call, sinks and tree mask contiguous. It holds addresses: the tensors must outlive it."""
     q, k, v, out = call.q, call.k_cache, call.v_cache, call.out
     num_items, num_prefill_items, num_merges, _ = call.counts.tolist()
-    tree_mask = None if call.tree_mask is None else call.tree_mask.contiguous()
-    sinks = None if call.sinks is None else call.sinks.contiguous()
     num_pages, page_size, num_kv_heads, head_dim = k.shape
-    packed = _ATTENTION.pack(
+    return _ATTENTION.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), _address(call.lse),
         call.block_table.data_ptr(), call.work_items.data_ptr(), call.merge_items.data_ptr(),
         call.partial_out.data_ptr(), call.partial_lse.data_ptr(), call.counters.data_ptr(),
-        _address(sinks), _address(tree_mask), _address(call.k_scale), _address(call.v_scale),
+        _address(call.sinks), _address(call.tree_mask), _address(call.k_scale), _address(call.v_scale),
         *q.stride()[:2], *out.stride()[:2], *k.stride()[:3], *v.stride()[:3], call.block_table.stride(0),
         num_items, num_prefill_items, num_merges, q.shape[1], num_kv_heads, head_dim, page_size,
         _DTYPES[q.dtype], _DTYPES[k.dtype], call.softmax_scale, call.softcap, call.causal, call.window_left, 0,
     )  # fmt: skip
-    _native.cpu_attention(packed, torch.get_num_threads())
 
 
-def append_kv(call: AppendKvCall) -> None:
+def attention(call: AttentionCall) -> None:
+    call = call._replace(**{name: t.contiguous() for name in ("sinks", "tree_mask") if (t := getattr(call, name)) is not None})
+    _native.cpu_attention(pack_attention(call), torch.get_num_threads())
+
+
+def pack_append_kv(call: AppendKvCall) -> bytes:
+    """Likewise for append_kv."""
     k, v, q, k_cache, v_cache = call.k, call.v, call.q, call.k_cache, call.v_cache
-    packed = _APPEND_KV.pack(
+    return _APPEND_KV.pack(
         k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), call.slot_mapping.data_ptr(), _address(q),
         _address(call.cos_sin), _address(call.positions), _address(call.k_scale), _address(call.v_scale),
         *k.stride()[:2], *v.stride()[:2], *((0, 0) if q is None else q.stride()[:2]), *k_cache.stride()[:3], *v_cache.stride()[:3],
         k.shape[0], 0 if q is None else q.shape[1], k.shape[1], k.shape[2],
         0 if call.cos_sin is None else call.cos_sin.shape[1], k_cache.shape[1], _DTYPES[k.dtype], _DTYPES[k_cache.dtype],
     )  # fmt: skip
-    _native.cpu_append_kv(packed, torch.get_num_threads())
+
+
+def append_kv(call: AppendKvCall) -> None:
+    _native.cpu_append_kv(pack_append_kv(call), torch.get_num_threads())
 
 
 def merge_states(outs: torch.Tensor, lses: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ import json
 import time
 
 import pytest
+import sarathi_kernels as sk
 import torch
 from engine.config import EngineConfig
 from engine.llm import LLM
@@ -65,6 +66,27 @@ def test_goldens_with_a_margin_in_bfloat16(engine, goldens, policy, budget, line
     requests = llm.generate([g["prompt_ids"] for g in [*sure, *goldens]], GREEDY)
     assert not wrong(requests[:3], sure)
     assert not wrong([llm.generate([g["prompt_ids"]], GREEDY)[0] for g in sure], sure)
+
+
+def test_the_native_step_gives_the_single_ops_bits(engine, goldens):
+    llm = engine("bfloat16", token_budget=16)
+    model, native = llm.runner.model, llm.runner.model.decoder
+    if native is None:
+        pytest.skip("no native step here: " + str(sk.linear_reason(32, 16)))
+    rows = []
+
+    def both(step):
+        rows.append(len(step.logit_rows))
+        logits = model(step)
+        model.decoder = None
+        single = model(step)
+        model.decoder = native
+        assert torch.equal(logits.bfloat16(), single)
+        return logits
+
+    both.config, llm.runner.model = model.config, both
+    llm.generate([[504] * 40, *(g["prompt_ids"] for g in goldens)], SamplingParams(max_tokens=4))
+    assert min(rows) == 0 and max(rows) > 4
 
 
 @pytest.mark.parametrize("page_size", [1, 7, 128])
