@@ -195,8 +195,8 @@ def plan_steps(work: Path, arch: str | None, gpu: str) -> list[Step]:
         Step("machine", 20, [python, "-c", MACHINE], optional=True),
         Step("build", 170, build, can_build),
         Step("tests", 110, [*pytest, "-v", *parallel, *sorted(str(p) for p in (ROOT / "tests").glob("test_*gpu.py"))], built),
-        # The simulator's tests of instructions, with the hardware in the simulator's place.
-        Step("instructions", 60, [*pytest, "tests/test_sim_instructions.py", "tests/test_sim_sm90.py", "-k", "gpu"], can_build),
+        # The simulator against the hardware: attention by both, and the tests of instructions on the hardware.
+        Step("simulator", 100, [*pytest, "tests/test_sim_hardware.py", "tests/test_sim_instructions.py", "tests/test_sim_sm90.py", "-k", "gpu or hardware"], can_build),
         Step("memcheck", 75, [*sanitize, "memcheck", *small], sanitizer),
         Step("micro", 40, [python, "-m", "bench.gpu_micro", "--json", str(work / "micro.json")], built),
         Step("attention", 110, [*bench, "attention", "--cases", cases, *quick, "--json", str(work / "attention.json")], built),

@@ -45,7 +45,7 @@ def test_same_tables_as_the_host(spec, requests, config, seed):
 def test_more_requests_tiles_and_items_than_threads():
     """Several blocks of threads in each pass, the last one partly filled."""
     rng = np.random.default_rng(0)
-    many = [(int(rng.integers(0, 3)), int(rng.integers(0, 60))) for _ in range(700)] + [(900, 2000), (1, 5000)]
+    many = [(int(rng.integers(0, 3)), int(rng.integers(0, 60))) for _ in range(1100)] + [(900, 2000), (1, 5000)]
     host = host_plan(make_spec((8, 2)), many, PlanConfig(16, 32, 48, 500))
     assert len(host.work_items) > 2 * 512 and len(host.merge_items) > 100
     items, merges, rows = len(host.work_items) + 5, len(host.merge_items) + 3, len(host.partial_out) + 1
