@@ -33,7 +33,9 @@ Instantiation instantiation_for(const AttentionParams& p) {
 int sarathi_cuda_prepare_attention_sm80(const sarathi::AttentionParams* p) {
   const auto [kernel, shared_bytes] = sarathi::sm80::instantiation_for(*p);
   if (kernel == nullptr) return cudaErrorInvalidValue;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  // Two CTAs need most of an SM's shared memory; what the driver would set aside for L1 by itself is not said anywhere.
+  return error ? error : cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
 int sarathi_cuda_attention_sm80(const sarathi::AttentionParams* p, int num_blocks, void* stream) {
