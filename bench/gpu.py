@@ -135,9 +135,10 @@ def find_gpu() -> tuple[str | None, str]:
     return arch + ("a" if arch == "90" else ""), name
 
 
-def find_nvcc() -> str | None:
-    default = Path("/usr/local/cuda/bin/nvcc")
-    return os.environ.get("CUDACXX") or shutil.which("nvcc") or (str(default) if default.exists() else None)
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, on PATH or where it is installed by default."""
+    default = Path("/usr/local/cuda/bin") / name
+    return shutil.which(name) or (str(default) if default.exists() else None)
 
 
 ENTRY = re.compile(r"Compiling entry function '(?P<symbol>[^']+)' for '(?P<arch>\w+)'")
@@ -179,16 +180,16 @@ def plan_steps(work: Path, arch: str | None, gpu: str) -> list[Step]:
     """The visit, most important first. `work` takes the raw results."""
     python = sys.executable
     on_gpu = (lambda: None if arch else gpu,)
-    nvcc = find_nvcc()
+    nvcc, checker = os.environ.get("CUDACXX") or find_tool("nvcc"), find_tool("compute-sanitizer")
     can_build = (*on_gpu, lambda: None if nvcc else "nvcc is neither on PATH nor in /usr/local/cuda/bin")
     built = (*on_gpu, lambda: None if list((ROOT / "sarathi_kernels").glob("_native*.so")) else "the native module was not built")
-    sanitizer = (*built, lambda: None if shutil.which("compute-sanitizer") else "compute-sanitizer is not on PATH")
+    sanitizer = (*built, lambda: None if checker else "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin")
     bench, pytest = [python, "-m", "bench"], [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
     # Compiling Triton's kernels for every case is what takes the time: eight processes where pytest-xdist is there.
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     quick = ["--device", "cuda", "--seconds", "0.08", "--dtype", "bfloat16"]
     build = [python, "-m", "bench.gpu_build", "--build", str(BUILD), "--nvcc", str(nvcc), "--archs", str(arch)]
-    sanitize = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    sanitize = [str(checker), "--error-exitcode", "9", "--tool"]
     small = [*pytest, "tests/test_gpu.py", "-k", "cuda and small"]
     cases = "A/*,B/*,C/*,D/*,published/llama8b,long/llama8b"
     return [
