@@ -11,6 +11,7 @@ import fnmatch
 
 import torch
 
+from sarathi_kernels.kv_cache import empty_kv_cache
 from sarathi_kernels.spec import AttentionSpec
 from sarathi_kernels.testing import Case, Inputs
 
@@ -115,7 +116,7 @@ def device_inputs(case: Case, dtype: torch.dtype, device: torch.device | str, *,
     def randn(*shape):
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
-    caches = [randn(*spec.kv_cache_shape(num_pages)) for _ in range(2)]
+    caches = [cache.normal_(generator=generator) for cache in empty_kv_cache(spec, num_pages, device=device)]
     cu_seqlens_q = torch.tensor([0, *q_lens]).cumsum(0).to(torch.int32)
     return Inputs(
         spec,

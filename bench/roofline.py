@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from bench.common import Call, Timing, dtype_name, measure
+from sarathi_kernels.memory import empty_huge
 from sarathi_kernels.spec import AttentionSpec
 
 READ_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}
@@ -94,7 +95,9 @@ def probes(device: torch.device, dtype: torch.dtype) -> dict[str, Sequence[Call]
 
 @functools.cache
 def _read_buffer(device: torch.device) -> torch.Tensor:
-    return torch.ones(READ_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+    shape = (READ_BYTES[device.type] // 4,)
+    buffer = empty_huge(shape, torch.float32) if device.type == "cpu" else torch.empty(shape, dtype=torch.float32, device=device)
+    return buffer.fill_(1)
 
 
 def ceilings_from(timings: Mapping[str, Timing], device: torch.device, dtype: torch.dtype) -> Ceilings:

@@ -2,9 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cpu/cpu.h"
 #include "cpu/decoder.h"
@@ -40,6 +42,18 @@ void write_tables(const Plan& plan, uintptr_t destination) {
   std::memcpy(p, plan.items.data(), plan.items.size() * sizeof(WorkItem));
   p += plan.items.size() * sizeof(WorkItem);
   std::memcpy(p, plan.merges.data(), plan.merges.size() * sizeof(MergeItem));
+}
+
+// (smallest, largest) of [count] integers of 4 or 8 bytes, count > 0.
+template <class Int>
+std::pair<int64_t, int64_t> range_of(const Int* values, int64_t count) {
+  Int low = values[0], high = values[0];
+  for (int64_t i = 1; i < count; ++i) low = std::min(low, values[i]), high = std::max(high, values[i]);
+  return {low, high};
+}
+
+std::pair<int64_t, int64_t> value_range(uintptr_t values, int64_t count, int64_t itemsize) {
+  return itemsize == 8 ? range_of(pointer<const int64_t>(values), count) : range_of(pointer<const int32_t>(values), count);
 }
 
 // An argument block as Python packed it (struct.Struct in backends/cpu.py), field by field as in params.h.
@@ -86,6 +100,8 @@ PYBIND11_MODULE(_native, m) {
       .def_readonly("max_page", &Plan::max_page)
       .def("write", &write_tables);
   m.def("make_plan", &make_plan_from_python, py::return_value_policy::reference);
+
+  m.def("value_range", &value_range);
 
   m.def("cpu_attention", &run<AttentionParams, cpu::attention>);
   m.def("cpu_append_kv", &run<AppendKvParams, cpu::append_kv>);

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from sarathi_kernels import backends
+from sarathi_kernels import _native, backends
 from sarathi_kernels.attention import LIBRARY, check_cache
 from sarathi_kernels.backends import AppendKvCall, Problem
+from sarathi_kernels.memory import empty_huge
 from sarathi_kernels.plan import AttentionPlan
 from sarathi_kernels.spec import AttentionSpec
 
@@ -25,6 +26,18 @@ def _run(*args) -> None:
 
 LIBRARY.impl("append_kv", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("sarathi::append_kv", lambda *args: None, lib=LIBRARY)
+
+
+def empty_kv_cache(spec: AttentionSpec, num_pages: int, *, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """(k_cache, v_cache) of one layer, uninitialised, each [num_pages, page_size, num_kv_heads, head_dim] in spec.kv_dtype.
+
+    On the CPU they lie on huge pages where the system grants them: pages of a cache are read in random order, and translations
+    of 4 KiB cost a fifth of the bandwidth (README of bench). Any other tensor of this shape works too.
+    """
+    shape, device = spec.kv_cache_shape(num_pages), torch.device(device)
+    if device.type == "cpu":
+        return empty_huge(shape, spec.kv_dtype), empty_huge(shape, spec.kv_dtype)
+    return torch.empty(shape, dtype=spec.kv_dtype, device=device), torch.empty(shape, dtype=spec.kv_dtype, device=device)
 
 
 def token_positions(plan: AttentionPlan) -> torch.Tensor:
@@ -121,6 +134,6 @@ def append_kv(
 
 
 def _check_range(name: str, values: torch.Tensor, low: int, high: int) -> None:
-    smallest, largest = (int(x) for x in torch.aminmax(values))
+    smallest, largest = _native.value_range(values.data_ptr(), values.shape[0], values.itemsize)  # torch.aminmax is slow when cold
     if smallest < low or largest > high:
         raise ValueError(f"{name} must lie in [{low}, {high}], got values from {smallest} to {largest}")

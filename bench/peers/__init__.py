@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from sarathi_kernels.kv_cache import empty_kv_cache
 from sarathi_kernels.testing import Inputs
 
 Call = Callable[[], torch.Tensor]
@@ -100,10 +101,9 @@ def repage(inputs: Inputs, page_size: int) -> tuple[torch.Tensor, torch.Tensor, 
     for n in counts:
         lists.append(order[taken : taken + n])
         taken += n
-    shape = (sum(counts), page_size, inputs.spec.num_kv_heads, inputs.spec.head_dim)
+    spec = dataclasses.replace(inputs.spec, page_size=page_size)
     caches = []
-    for cache in (inputs.k_cache, inputs.v_cache):
-        new = torch.zeros(shape, dtype=cache.dtype, device=cache.device)
+    for cache, new in zip((inputs.k_cache, inputs.v_cache), empty_kv_cache(spec, sum(counts), device=inputs.k_cache.device)):
         for pages, mine, n in zip(page_lists(inputs), lists, lengths):
             rows = gather(cache, pages, n)
             padded = torch.zeros(len(mine) * page_size, *rows.shape[1:], dtype=rows.dtype, device=rows.device)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from bench.peers import Call, Peer, Unsupported, bounds, gather, indptr, page_lists, plain, repage
+from sarathi_kernels.memory import empty_huge
 from sarathi_kernels.spec import AttentionSpec
 from sarathi_kernels.testing import Inputs
 
@@ -69,6 +70,11 @@ def _tensor(values: torch.Tensor):
     return ov.Tensor(values.numpy(), shared_memory=True)
 
 
+def _heads_first(pages: torch.Tensor) -> torch.Tensor:
+    pages = pages.transpose(1, 2)
+    return empty_huge(pages.shape, pages.dtype).copy_(pages)
+
+
 def prepare(inputs: Inputs) -> Call:
     plain(inputs)
     spec = inputs.spec
@@ -81,8 +87,8 @@ def prepare(inputs: Inputs) -> Call:
         inputs.q.flatten(1),
         torch.cat([k for k, _ in rows]).flatten(1),
         torch.cat([v for _, v in rows]).flatten(1),
-        k_pages.transpose(1, 2).contiguous(),
-        v_pages.transpose(1, 2).contiguous(),
+        _heads_first(k_pages),
+        _heads_first(v_pages),
         torch.tensor([n - (e - b) for b, e, n in spans], dtype=torch.int32),
         inputs.cu_seqlens_q,
         torch.tensor([page for pages in lists for page in pages], dtype=torch.int32),

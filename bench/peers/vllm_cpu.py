@@ -8,6 +8,7 @@ import os
 import torch
 
 from bench.peers import Call, Peer, Unsupported, bounds, gather, page_lists, paged_table, plain, repage
+from sarathi_kernels.memory import empty_huge
 from sarathi_kernels.testing import Inputs
 
 
@@ -31,7 +32,7 @@ def prepare(inputs: Inputs, page_size: int | None = None) -> Call:
     spans = bounds(inputs)
     k_pages, _, lists = repage(inputs, page)
     # One allocation for keys and values of a page, as in vLLM; its own op stores them, in its own inner layout.
-    cache = torch.zeros(k_pages.shape[0], spec.num_kv_heads, 2 * page, spec.head_dim, dtype=spec.dtype)
+    cache = empty_huge((k_pages.shape[0], spec.num_kv_heads, 2 * page, spec.head_dim), spec.dtype)
     k_cache, v_cache = cache.chunk(2, dim=2)
     for pages, mine, (_, _, n) in zip(page_lists(inputs), lists, spans):
         position = torch.arange(n)

@@ -1,6 +1,8 @@
 // New keys and values into their pages; on the way, the rotary embedding of k (and of q, in place), and int8 quantisation.
 //
 //     (x_i, x_{i+half}) -> (x_i cos - x_{i+half} sin, x_{i+half} cos + x_i sin)        half = rotary_dim / 2
+#include <cstring>
+
 #include "request.h"
 #include "variant.h"
 
@@ -47,9 +49,20 @@ SARATHI_INLINE void put_row(const float* x, int32_t head_dim, int8_t* to, float*
   for (i = 0; i < head_dim; ++i) to[i] = static_cast<int8_t>(rounded[i]);
 }
 
+// The heads of one token where nothing is computed on the way: one run of memory where both sides' heads lie together.
+template <class T>
+SARATHI_INLINE void copy_heads(const T* from, int64_t from_stride, T* to, int64_t to_stride, int32_t heads, int32_t head_dim) {
+  if (from_stride == head_dim && to_stride == head_dim) head_dim *= heads, heads = 1;
+  for (int32_t h = 0; h < heads; ++h) std::memcpy(to + h * to_stride, from + h * from_stride, head_dim * sizeof(T));
+}
+
 template <class T, class KV>
 void append(const AppendKvParams& p, int32_t token_begin, int32_t token_end) {
+  constexpr bool quantised = sizeof(KV) == 1;
   alignas(64) float row[kMaxHeadDim];
+  const auto slot_of = [&p](void* cache, int64_t slot, int64_t stride_page, int64_t stride_slot) {
+    return static_cast<KV*>(cache) + slot / p.page_size * stride_page + slot % p.page_size * stride_slot;
+  };
   for (int32_t t = token_begin; t < token_end; ++t) {
     const float* cos_sin = p.cos_sin ? p.cos_sin + static_cast<int64_t>(p.positions[t]) * p.rotary_dim : nullptr;
     if (p.q && cos_sin)
@@ -58,18 +71,23 @@ void append(const AppendKvParams& p, int32_t token_begin, int32_t token_end) {
         rotate(q, cos_sin, p.rotary_dim, p.head_dim, row);
         store_row(q, row, 1.0f, p.head_dim);
       }
-    if (p.slot_mapping[t] < 0) continue;
-    const int64_t page = p.slot_mapping[t] / p.page_size, slot = p.slot_mapping[t] % p.page_size;
+    const int64_t slot = p.slot_mapping[t];
+    if (slot < 0) continue;
+    const T *k = static_cast<const T*>(p.k) + t * p.k_stride_token, *v = static_cast<const T*>(p.v) + t * p.v_stride_token;
+    KV* const k_slot = slot_of(p.k_cache, slot, p.kc_stride_page, p.kc_stride_slot);
+    KV* const v_slot = slot_of(p.v_cache, slot, p.vc_stride_page, p.vc_stride_slot);
+    if constexpr (!quantised) {
+      if (!cos_sin) copy_heads(k, p.k_stride_head, k_slot, p.kc_stride_head, p.num_kv_heads, p.head_dim);
+      copy_heads(v, p.v_stride_head, v_slot, p.vc_stride_head, p.num_kv_heads, p.head_dim);
+      if (!cos_sin) continue;
+    }
     for (int32_t h = 0; h < p.num_kv_heads; ++h) {
-      const T* k = static_cast<const T*>(p.k) + t * p.k_stride_token + h * p.k_stride_head;
-      const T* v = static_cast<const T*>(p.v) + t * p.v_stride_token + h * p.v_stride_head;
-      KV* k_slot = static_cast<KV*>(p.k_cache) + page * p.kc_stride_page + slot * p.kc_stride_slot + h * p.kc_stride_head;
-      KV* v_slot = static_cast<KV*>(p.v_cache) + page * p.vc_stride_page + slot * p.vc_stride_slot + h * p.vc_stride_head;
-      const int64_t scale = sizeof(KV) == 1 ? p.slot_mapping[t] * p.num_kv_heads + h : 0;  // unused where there are none
-      rotate(k, cos_sin, p.rotary_dim, p.head_dim, row);
-      put_row(row, p.head_dim, k_slot, sizeof(KV) == 1 ? p.k_scale + scale : nullptr);
-      rotate(v, static_cast<const float*>(nullptr), 0, p.head_dim, row);
-      put_row(row, p.head_dim, v_slot, sizeof(KV) == 1 ? p.v_scale + scale : nullptr);
+      const int64_t scale = quantised ? slot * p.num_kv_heads + h : 0;  // unused where there are none
+      rotate(k + h * p.k_stride_head, cos_sin, p.rotary_dim, p.head_dim, row);
+      put_row(row, p.head_dim, k_slot + h * p.kc_stride_head, quantised ? p.k_scale + scale : nullptr);
+      if constexpr (!quantised) continue;
+      rotate(v + h * p.v_stride_head, static_cast<const float*>(nullptr), 0, p.head_dim, row);
+      put_row(row, p.head_dim, v_slot + h * p.vc_stride_head, quantised ? p.v_scale + scale : nullptr);
     }
   }
 }
