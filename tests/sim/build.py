@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import importlib.util
 import os
@@ -23,6 +25,15 @@ import pybind11
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "build" / f"{sys.implementation.cache_tag}-sim"
+
+
+@contextlib.contextmanager
+def _alone():
+    """One process at a time: ninja's records do not survive two builds in one tree."""
+    TREE.mkdir(parents=True, exist_ok=True)
+    with (TREE / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @functools.lru_cache
@@ -48,9 +59,10 @@ def module(name: str, ucontext: bool = False) -> ModuleType:
     Raises:
         RuntimeError: it does not compile; the message is the compiler's.
     """
-    tree = configure(ucontext)
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    _run([shutil.which("cmake", path=path) or "cmake", "--build", str(tree), "--target", name])
+    with _alone():
+        tree = configure(ucontext)
+        _run([shutil.which("cmake", path=path) or "cmake", "--build", str(tree), "--target", name])
     file = tree / "out" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     spec = importlib.util.spec_from_file_location(name, file)
     loaded = importlib.util.module_from_spec(spec)
