@@ -67,9 +67,13 @@ def attention(inputs: Inputs, *, config=None, num_blocks: int = 4, out=None, pla
 
 
 def launch(call: AttentionCall, num_blocks: int = 4, guard: bool = True, **settings) -> dict:
-    """One attention launch. guard=False: in the tensors' own memory, for those too large to move."""
+    """One attention launch; its totals, {} when the backend launches nothing. guard=False: in the tensors' own memory, for
+    those too large to move."""
     with _moved(call, {"out", "lse", "partial_out", "partial_lse", "counters"}, guard) as (moved, buffers), recording() as latest:
+        latest().num_blocks = 0
         cuda.attention(moved)
+        if latest().num_blocks == 0:  # nothing to do, so nothing launched
+            return {}
         params = bytes(memoryview(latest()))[: cuda.ATTENTION_PARAMS.size]
         return build.module("_sim").attention_sm80(params, num_blocks, buffers, **settings)
 
@@ -137,12 +141,12 @@ def _moved(call, written: set[str], guard: bool = True):
         pages = build.module("_sim").GuardedBuffer(name, shift + span.numel() * span.element_size(), name in written)
         copy = torch.from_numpy(np.asarray(pages))[shift:].view(tensor.dtype)
         copy.copy_(span)
-        held.append((name, span.view(torch.uint8), copy.view(torch.uint8), span.view(torch.uint8).clone()))
+        if name in written:
+            held.append((span.view(torch.uint8), copy.view(torch.uint8), span.view(torch.uint8).clone()))
         moved[name] = copy.as_strided(tensor.shape, tensor.stride())
     yield call._replace(**moved), []
-    for name, span, copy, before in held:  # only what changed: tensors may lie in each other's gaps
-        if name in written:
-            torch.where(copy == before, span, copy, out=span)
+    for span, copy, before in held:  # only what changed: tensors may lie in each other's gaps
+        torch.where(copy == before, span, copy, out=span)
 
 
 def _tensors(call) -> dict[str, torch.Tensor]:
