@@ -260,7 +260,8 @@ def visit(out: Path, work: Path, minutes: float, only: list[str] | None = None) 
         results = {str(path): path.stat().st_mtime for path in work.glob("*.json")}
         if set(results.items()) - known:  # rows are kept at once; the report and its pictures come last
             known |= set(results.items())
-            _bounded([sys.executable, "-m", "bench.gpu_collect", "--rows", str(out), *sorted(results)], 30, os.environ)
+            limit = max(5, min(30, clock.left - REPORT_RESERVE_SECONDS))
+            _bounded([sys.executable, "-m", "bench.gpu_collect", "--rows", str(out), *sorted(results)], limit, os.environ)
     results = sorted(map(str, work.glob("*.json")))
     have = (lambda: None if results else "no step left results",)
     clock.run(Step("report", 60, [sys.executable, "-m", "bench.gpu_collect", str(out), *results], have), reserve=0)
