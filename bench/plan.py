@@ -16,7 +16,7 @@ from sarathi_kernels.testing import Case
 SUBJECT = "plan"
 REQUESTS = (8, 64, 256, 1024)
 # The host calls plan once per step: enough of them per sample that the clock's grain does not show.
-CALLS_PER_SAMPLE = 10
+CALLS_PER_SAMPLE = 200
 
 
 def plan_case(requests: int) -> Case:

@@ -11,9 +11,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 QUANTIZED = [case for case in testing.QUANTIZED_CASES if case.spec.kv_dtype == torch.int8]
 
 
-@pytest.fixture(params=cpu.isas())
+# The AMX kernels' own source, its tile instructions compiled to plain loops: runs where AMX is missing, and is never chosen by itself.
+EMULATED = "amx_emulated"
+
+
+@pytest.fixture(params=[*cpu.isas(), EMULATED])
 def isa(request):
     before = cpu.isa()
+    if request.param == EMULATED and "avx512bf16" not in cpu.isas():
+        pytest.skip("all but the tiles of the emulated AMX kernels needs AVX512_BF16")
     cpu.set_isa(request.param)
     yield request.param
     cpu.set_isa(before)

@@ -22,6 +22,15 @@ using Bf16Compute = Bf16Dot;
 using Bf16Compute = Fma;
 #endif
 
+#if defined(SARATHI_AMX) || defined(SARATHI_AMX_EMULATED)
+// The tile kernel's compute type where head_dim is whole steps of the tiles.
+using Bf16Tile = AmxDot;
+bool on_tiles(const AttentionParams& p) { return p.head_dim % kTileKeys == 0; }
+#else
+using Bf16Tile = Bf16Compute;
+bool on_tiles(const AttentionParams&) { return false; }
+#endif
+
 bool is_bf16_dot(const AttentionParams& p) { return p.dtype == DType::kBFloat16 && p.kv_dtype == DType::kBFloat16; }
 
 }  // namespace
@@ -42,6 +51,8 @@ void visit(const AttentionParams& p, const WorkItem& item, int32_t head_begin, i
     case DType::kFloat32:
       return (int8 ? visit_item<float, int8_t, Fma, Fma> : visit_item<float, float, Fma, Fma>)(p, item, head_begin, head_end, scratch);
     case DType::kBFloat16:
+      if (on_tiles(p))
+        return (int8 ? visit_item<Bf16, int8_t, Bf16Tile, Fma> : visit_item<Bf16, Bf16, Bf16Tile, Bf16Compute>)(p, item, head_begin, head_end, scratch);
       return (int8 ? visit_item<Bf16, int8_t, Bf16Compute, Fma>
                    : visit_item<Bf16, Bf16, Bf16Compute, Bf16Compute>)(p, item, head_begin, head_end, scratch);
     case DType::kFloat16:

@@ -4,6 +4,14 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(SARATHI_X86)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace sarathi {
 
 namespace generic { extern const Kernels kernels; }
@@ -11,6 +19,27 @@ namespace generic { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx512bf16 { extern const Kernels kernels; }
+namespace amx { extern const Kernels kernels; }
+namespace amx_emulated { extern const Kernels kernels; }
+
+namespace {
+
+// Tile registers are large, and Linux gives them to a process that asks. Asked once, before the pool has threads or for all of them.
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  if ((d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 #endif
 
 std::vector<const Kernels*> available_isas() {
@@ -23,7 +52,10 @@ std::vector<const Kernels*> available_isas() {
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (has_avx2) isas.push_back(&avx2::kernels);
   if (has_avx512) isas.push_back(&avx512::kernels);
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) isas.push_back(&avx512bf16::kernels);
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) {
+    isas.push_back(&avx512bf16::kernels);
+    if (has_amx()) isas.push_back(&amx::kernels);
+  }
 #endif
   return isas;
 }
@@ -31,6 +63,10 @@ std::vector<const Kernels*> available_isas() {
 namespace {
 
 const Kernels* find(const std::string& name, const char* asked_by) {
+#if defined(SARATHI_X86)
+  // For tests of the AMX kernels' source. Never chosen unless named, and not among those this CPU "can run".
+  if (name == amx_emulated::kernels.name && __builtin_cpu_supports("avx512bf16")) return &amx_emulated::kernels;
+#endif
   std::string names;
   for (const Kernels* isa : available_isas()) {
     if (name == isa->name) return isa;

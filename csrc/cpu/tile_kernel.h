@@ -7,6 +7,7 @@
 // Both products are one register block: kM broadcasts x kVectors vectors of rows, 24 accumulators on AVX-512, so that each
 // loaded vector is used kM times and each broadcast kVectors times. Q, a key block's S and P stay in L1, O^T in L1/L2.
 #pragma once
+#include "amx.h"
 #include "request.h"
 
 namespace sarathi {
@@ -70,7 +71,9 @@ template <class C, class T> struct Direct { static constexpr bool value = false;
 template <> struct Direct<Fma, float> { static constexpr bool value = true; };
 #if defined(__AVX512BF16__)
 template <> struct Direct<Bf16Dot, Bf16> { static constexpr bool value = true; };
+template <> struct Direct<AmxDot, Bf16> { static constexpr bool value = true; };
 #endif
+template <class C> constexpr int kKeyUnit = OnTiles<C>::value ? kTileKeys : kM;  // a product takes whole multiples of it
 
 // to[0 .. n) = operands of the n * C::kDepth elements of a row.
 template <class C, class T>
@@ -298,13 +301,14 @@ struct Panel {
 template <class C, int RV, class Ahead>
 void visit_block(const AttentionParams& p, const WorkItem& item, const TileScratch& t, const KeyBlock& block, Panel& panel, int32_t row_begin,
                  float scale, Ahead& ahead) {
-  const int32_t from = max_of(panel.begin - block.first, 0) / kM * kM;
+  const int32_t from = max_of(panel.begin - block.first, 0) / kKeyUnit<C> * kKeyUnit<C>;
   const int32_t to = min_of(panel.end - block.first, block.count);
   if (from >= to) return;
   const int32_t depth = p.head_dim / C::kDepth, dims = round_up(p.head_dim, kDimPanel);
-  const int32_t keys = round_up(to - from, kM), first_key = block.first + from, at = panel.first_row;
+  const int32_t keys = round_up(to - from, kKeyUnit<C>), first_key = block.first + from, at = panel.first_row;
   const bool tree = has_tree(p, item) && first_key + keys > item.kv_len - item.q_len;
-  scores<C, RV>(block.k + from, keys, t.q + at * dims, depth, t.s, ahead);
+  if constexpr (OnTiles<C>::value) tile_scores<RV>(block.k + from, keys, t.q + at * dims, depth, t.s, reinterpret_cast<uint32_t*>(t.staging), ahead);
+  else scores<C, RV>(block.k + from, keys, t.q + at * dims, depth, t.s, ahead);
   const bool plain = first_key >= panel.full_begin && first_key + keys <= panel.full_end && !tree && p.softcap == 0 && !block.k_scale;
   if (!plain) {
     mask_scores<RV>(p, t.s, keys, first_key, scale, block.k_scale ? block.k_scale + from : nullptr, t.lo + at, t.hi + at);
@@ -315,10 +319,16 @@ void visit_block(const AttentionParams& p, const WorkItem& item, const TileScrat
     scale = 1.0f;
   }
   const bool moved = softmax<C, RV>(t.s, keys, scale, block.v_scale ? block.v_scale + from : nullptr, t.m + at, t.l + at, t.alpha + at);
-  const int32_t operands = (min_of(keys, block.count - from) + C::kDepth - 1) / C::kDepth;
-  const int32_t v_stride = (block.count + C::kDepth - 1) / C::kDepth * kDimPanel;
-  accumulate<C, RV>(block.v + from / C::kDepth * kDimPanel, v_stride, reinterpret_cast<const uint32_t*>(t.s), operands, p.head_dim,
-                    t.alpha + at, !panel.started, moved, t.o + at * dims);
+  const uint32_t* const pt = reinterpret_cast<const uint32_t*>(t.s);
+  float* const o = t.o + at * dims;
+  if constexpr (OnTiles<C>::value) {
+    const int32_t v_steps = round_up(block.count, kTileKeys) / kTileKeys;
+    tile_accumulate<RV>(block.v + from / kTileKeys * kTile * kTile, v_steps, pt, keys / kTileKeys, p.head_dim, t.alpha + at, !panel.started, moved, o);
+  } else {
+    const int32_t operands = (min_of(keys, block.count - from) + C::kDepth - 1) / C::kDepth;
+    const int32_t v_stride = (block.count + C::kDepth - 1) / C::kDepth * kDimPanel;
+    accumulate<C, RV>(block.v + from / C::kDepth * kDimPanel, v_stride, pt, operands, p.head_dim, t.alpha + at, !panel.started, moved, o);
+  }
   panel.started = true;
 }
 
@@ -348,6 +358,7 @@ void visit_tile(const AttentionParams& p, const WorkItem& item, int32_t kv_head,
     pack_q<C, T>(p, item, kv_head, row_begin + at, n, vectors * kLanes, sign, t.staging, t.q + at * dims);
   }
 
+  if constexpr (OnTiles<C>::value) tiles_begin();
   const PagedRows<KV> k_rows = keys_of<KV>(p, item), v_rows = values_of<KV>(p, item);
   struct Rows { const KV *k[kBlockKeys], *v[kBlockKeys]; } rows_of_block[2];
   Prefetcher<KV> ahead(p.head_dim);
@@ -370,8 +381,10 @@ void visit_tile(const AttentionParams& p, const WorkItem& item, int32_t kv_head,
         block.k[j] = to;
       }
     }
-    for (int32_t j = block.count; j < round_up(block.count, kM); ++j) block.k[j] = kZeroRow;
+    for (int32_t j = block.count; j < round_up(block.count, kKeyUnit<C>); ++j) block.k[j] = kZeroRow;
     pack_v<C>(v, block.count, p.head_dim, t.v);
+    if constexpr (OnTiles<C>::value)
+      tile_transpose(t.v, (block.count + 1) / 2, round_up(block.count, kTileKeys) / kTileKeys, p.head_dim, t.staging);
     if constexpr (sizeof(KV) == 1) {  // int8: exact as it is in either operand type; its scales go to the scores and to P
       const float *ks[kBlockKeys], *vs[kBlockKeys];
       scales_of(p, item, p.k_scale).find(first, block.count, kv_head, ks);
@@ -388,6 +401,8 @@ void visit_tile(const AttentionParams& p, const WorkItem& item, int32_t kv_head,
       else visit_block<C, 1>(p, item, t, block, panels[i], row_begin, scale, ahead);
     }
   }
+
+  if constexpr (OnTiles<C>::value) tiles_end();
 
   for (int32_t i = 0; i < num_panels; ++i) {
     const int32_t at = panels[i].first_row, width = panels[i].vectors * kLanes;

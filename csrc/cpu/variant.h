@@ -1,4 +1,5 @@
-// What each ISA's objects define, and their table. SARATHI_ISA is the namespace: generic, avx2, avx512 or avx512bf16.
+// What each ISA's objects define, and their table. SARATHI_ISA is the namespace: generic, avx2, avx512, avx512bf16, amx or
+// amx_emulated.
 #pragma once
 #include "isa.h"
 
