@@ -58,7 +58,8 @@ constexpr bool accumulators_are_cutes() {
         const int place = accumulator_row(lane, half) + 16 * (accumulator_column(lane) + e);
         if (place + (PLANT == 5) != Product::CLayout{}(lane, 2 * half + e)) return false;
         // Two fragments of weights side by side are an A operand as they lie: registers half and half + 2.
-        if (place != Product::ALayout{}(lane, 2 * half + e) || place + 128 != Product::ALayout{}(lane, 2 * (half + 2) + e)) return false;
+        if (place != Product::ALayout{}(lane, 2 * half + e)) return false;
+        if (place + 128 != Product::ALayout{}(lane, 2 * (half + 2) + e)) return false;
       }
   return true;
 }

@@ -72,7 +72,7 @@ def test_queries_may_begin_anywhere():
 
 
 def test_a_call_costs_little():
-    """Goals on a quiet machine: 0.5 us in the binding, 3 us in the backend. The bounds allow for a shared one, several times slower."""
+    """Goals on a quiet machine: 0.5 us in the binding, 3 us in the backend. The bounds allow for a shared one several times slower."""
     call = make_call((32, 8), 128)
     with cuda_sim.recording():
         cuda.attention(call)

@@ -16,16 +16,19 @@ def cutlass_headers() -> Path | None:
     return Path(spec.origin).parent / "source" / "include" if spec and spec.origin else None
 
 
-@pytest.mark.parametrize("plant, says", [(0, None), (1, "swizzle"), (2, "A through"), (3, "B through"), (4, "B through"), (5, "accumulators")])
+PLANTS = [(0, None), (1, "swizzle"), (2, "A through"), (3, "B through"), (4, "B through"), (5, "accumulators")]
+
+
+@pytest.mark.parametrize("plant, says", PLANTS)
 def test_layouts_are_those_of_cute(plant, says, tmp_path):
     """plant: one of ours is off by one, which the assertions must see."""
     if build.nvcc() is None:
         pytest.skip("there is no nvcc")
     if cutlass_headers() is None:
         pytest.skip("the nvidia-cutlass package, for CuTe's headers, is not installed")
-    command = [build.nvcc(), "-std=c++17", "--expt-relaxed-constexpr", "-arch=sm_80", "-ptx", "-o", str(tmp_path / "layouts.ptx"), f"-DPLANT={plant}"]
+    flags = ["-std=c++17", "--expt-relaxed-constexpr", "-arch=sm_80", "-ptx", "-o", str(tmp_path / "layouts.ptx"), f"-DPLANT={plant}"]
     include = [f"-I{cutlass_headers()}", f"-I{FOLDER.parent / 'csrc'}"]
-    done = subprocess.run([*command, *include, str(FOLDER / "cuda_layouts.cu")], capture_output=True, text=True)
+    done = subprocess.run([build.nvcc(), *flags, *include, str(FOLDER / "cuda_layouts.cu")], capture_output=True, text=True)
     if says is None:
         assert done.returncode == 0, done.stderr
     else:

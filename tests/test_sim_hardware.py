@@ -8,8 +8,8 @@ from sarathi_kernels import backends
 from sarathi_kernels.backends import Problem, cuda
 from sarathi_kernels.testing import SHAPES, SPLIT_SHAPES, Case, check, make_inputs, make_spec
 
-DEVICE = torch.device("cuda")
-REASON = "no CUDA device" if not torch.cuda.is_available() else backends.get("cuda").supports(Problem(make_spec(dtype=torch.bfloat16), DEVICE))
+PROBLEM = Problem(make_spec(dtype=torch.bfloat16), torch.device("cuda"))
+REASON = "no CUDA device" if not torch.cuda.is_available() else backends.get("cuda").supports(PROBLEM)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"the CUDA backend cannot run here: {REASON}")
 
 CASES = [(name, SHAPES[name], None) for name in ("hybrid", "tile_edges", "nothing", "longer_than_kv")]

@@ -52,7 +52,8 @@ __global__ void __launch_bounds__(kThreads) append_kv_kernel(const __grid_consta
   const Layout layout = layout_of(p, kWidth);
   const int rotary = p.cos_sin ? p.rotary_dim : 0;
   const int64_t total = static_cast<int64_t>(p.total_q) * layout.per_token();
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < total; i += static_cast<int64_t>(gridDim.x) * kThreads) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < total; i += stride) {
     const int64_t token = i / layout.per_token();
     const Task task = task_of(layout, static_cast<int32_t>(i % layout.per_token()), rotary, kWidth);
     const int64_t slot = ptx::ld_global(p.slot_mapping + token);
@@ -65,10 +66,12 @@ __global__ void __launch_bounds__(kThreads) append_kv_kernel(const __grid_consta
       from = to;
     } else if (task.which == kK) {
       from = static_cast<const Element*>(p.k) + token * p.k_stride_token + task.head * p.k_stride_head;
-      to = static_cast<Element*>(p.k_cache) + slot / p.page_size * p.kc_stride_page + slot % p.page_size * p.kc_stride_slot + task.head * p.kc_stride_head;
+      to = static_cast<Element*>(p.k_cache) + slot / p.page_size * p.kc_stride_page + slot % p.page_size * p.kc_stride_slot +
+           task.head * p.kc_stride_head;
     } else {
       from = static_cast<const Element*>(p.v) + token * p.v_stride_token + task.head * p.v_stride_head;
-      to = static_cast<Element*>(p.v_cache) + slot / p.page_size * p.vc_stride_page + slot % p.page_size * p.vc_stride_slot + task.head * p.vc_stride_head;
+      to = static_cast<Element*>(p.v_cache) + slot / p.page_size * p.vc_stride_page + slot % p.page_size * p.vc_stride_slot +
+           task.head * p.vc_stride_head;
     }
     from += task.element;
     to += task.element;

@@ -35,7 +35,8 @@ int sarathi_cuda_prepare_attention_sm80(const sarathi::AttentionParams* p) {
   if (kernel == nullptr) return cudaErrorInvalidValue;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   // Two CTAs need most of an SM's shared memory; what the driver would set aside for L1 by itself is not said anywhere.
-  return error ? error : cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  return error != cudaSuccess ? error : cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                             cudaSharedmemCarveoutMaxShared);
 }
 
 int sarathi_cuda_attention_sm80(const sarathi::AttentionParams* p, int num_blocks, void* stream) {

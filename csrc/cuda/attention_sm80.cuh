@@ -28,7 +28,8 @@ constexpr int kMaxSharedBytes = 81 * 1024;  // two CTAs in the 164 KiB of an A10
 template <typename Element_, int kHeadDim_, int kWarpsM_, int kWarpsN_, int kRowFrags_, int kKeys_, int kSlots_>
 struct Tile {
   using Element = Element_;
-  static constexpr int kHeadDim = kHeadDim_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kRowFrags = kRowFrags_, kKeys = kKeys_, kSlots = kSlots_;
+  static constexpr int kHeadDim = kHeadDim_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kRowFrags = kRowFrags_;
+  static constexpr int kKeys = kKeys_, kSlots = kSlots_;
   static constexpr int kRows = kWarpsM * kRowFrags * 16;
   static constexpr int kKeysPerWarp = kKeys / kWarpsN;
   static constexpr int kKeyFrags = kKeysPerWarp / 8;    // accumulator fragments (8 columns) of S
@@ -170,7 +171,8 @@ struct UnitRun {
   template <bool kIsV>
   __device__ __forceinline__ void load_tile(int tile, int slot_index) const {
     if (tile >= num_tiles) return;
-    const Element* base = static_cast<const Element*>(kIsV ? p.v_cache : p.k_cache) + opaque(kv_head) * (kIsV ? p.v_stride_head : p.k_stride_head);
+    const Element* base = static_cast<const Element*>(kIsV ? p.v_cache : p.k_cache) +
+                          opaque(kv_head) * (kIsV ? p.v_stride_head : p.k_stride_head);
     const int64_t stride_page = kIsV ? p.v_stride_page : p.k_stride_page;
     const int64_t stride_slot = kIsV ? p.v_stride_slot : p.k_stride_slot;
     const PagedRow* rows = paged_rows(tile);
@@ -228,7 +230,8 @@ struct UnitRun {
 
   // O += P V over this warp's keys.
   __device__ __forceinline__ void multiply_pv(uint32_t v_tile, const Weights& weights, Output& out) const {
-    const uint32_t v = v_tile + swizzled<kHeadDim>(warp_n * Tile::kKeysPerWarp + b_trans_address(lane).row, b_trans_address(lane).chunk);
+    const ChunkPlace from = b_trans_address(lane);
+    const uint32_t v = v_tile + swizzled<kHeadDim>(warp_n * Tile::kKeysPerWarp + from.row, from.chunk);
 #pragma unroll
     for (int j = 0; j < Tile::kKeyFrags; j += 2) {
 #pragma unroll
@@ -297,7 +300,8 @@ struct UnitRun {
       const float sink = p.sinks && !split ? p.sinks[head] * kLog2E : -INFINITY;
       SoftmaxState state{sink, 0.0f};
 #pragma unroll
-      for (int w = 0; w < Tile::kWarpsN; ++w) state.max = fmaxf(state.max, ptx::ld_shared(scratch_states() + w * Tile::kRows + row).max);
+      for (int w = 0; w < Tile::kWarpsN; ++w)
+        state.max = fmaxf(state.max, ptx::ld_shared(scratch_states() + w * Tile::kRows + row).max);
       state.sum = rebase(sink, state.max);
       float sums[8] = {};
 #pragma unroll
@@ -442,7 +446,8 @@ __device__ __forceinline__ void merge_splits(const AttentionParams& p, const Mer
     const float* outs = p.partial_out + first + chunk * 8;
     const float sink = p.sinks ? p.sinks[head] * kLog2E : -INFINITY;
     SoftmaxState state{sink, 0.0f};
-    for (int s = 0; s < merge.num_splits; ++s) state.max = fmaxf(state.max, ptx::ld_global(lses + s * (split_stride / kHeadDim)) * kLog2E);
+    for (int s = 0; s < merge.num_splits; ++s)
+      state.max = fmaxf(state.max, ptx::ld_global(lses + s * (split_stride / kHeadDim)) * kLog2E);
     state.sum = rebase(sink, state.max);
     float sums[8] = {};
 #pragma unroll 4
@@ -460,7 +465,9 @@ __device__ __forceinline__ void merge_splits(const AttentionParams& p, const Mer
 }
 
 // The queue's counters: prefill units taken, decode units taken, CTAs that have left.
-__device__ __forceinline__ int32_t* queue_of(const AttentionParams& p) { return p.counters + p.counts->num_merges * p.num_kv_heads; }
+__device__ __forceinline__ int32_t* queue_of(const AttentionParams& p) {
+  return p.counters + p.counts->num_merges * p.num_kv_heads;
+}
 
 // Takes one unit of the class this CTA should do next, or of the other when that one is used up. item -1: none is left.
 __device__ __forceinline__ Unit draw(const AttentionParams& p) {
@@ -484,10 +491,11 @@ template <typename Element, int kHeadDim>
 __device__ __forceinline__ void write_nan(const AttentionParams& p) {
   constexpr int kChunks = kHeadDim / 8;
   const int rows = gridDim.x * (kThreads / kChunks);
+  const int64_t all_rows = static_cast<int64_t>(p.total_q) * p.num_q_heads;
   float nan[8];
 #pragma unroll
   for (float& x : nan) x = NAN;
-  for (int64_t row = blockIdx.x * (kThreads / kChunks) + threadIdx.x / kChunks; row < static_cast<int64_t>(p.total_q) * p.num_q_heads; row += rows)
+  for (int64_t row = blockIdx.x * (kThreads / kChunks) + threadIdx.x / kChunks; row < all_rows; row += rows)
     store_output<Element>(p, row / p.num_q_heads, static_cast<int>(row % p.num_q_heads), threadIdx.x % kChunks, nan, {NAN, 1.0f});
 }
 

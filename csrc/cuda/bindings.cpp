@@ -18,7 +18,8 @@ using namespace sarathi;
 namespace {
 
 void check(int code, const char* what) {
-  if (code != 0) throw std::runtime_error(std::string(what) + ": " + sarathi_cuda_error(code) + " (CUDA error " + std::to_string(code) + ")");
+  if (code == 0) return;
+  throw std::runtime_error(std::string(what) + ": " + sarathi_cuda_error(code) + " (CUDA error " + std::to_string(code) + ")");
 }
 
 int version(int (*get)(int*), const char* what) {

@@ -13,7 +13,8 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__
   using G = Group<Element, kWidth>;
   const int groups = p.head_dim / kWidth;
   const int64_t total = p.rows * groups;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < total; i += static_cast<int64_t>(gridDim.x) * kThreads) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < total; i += stride) {
     const int64_t row = i / groups, element = i % groups * kWidth;
     SoftmaxState state{-INFINITY, 0.0f};
     for (int s = 0; s < p.num_states; ++s) state.max = fmaxf(state.max, p.lses[s * p.rows + row] * kLog2E);

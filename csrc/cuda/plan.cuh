@@ -167,7 +167,8 @@ __device__ __forceinline__ uint32_t lanes_with_key(int32_t key, bool has_item) {
 }
 
 // next_place: thread k's, where the next item of key k goes.
-__device__ __forceinline__ void place_items(const PlanParams& p, Shared& shared, int32_t num_items, int32_t num_tiles, int32_t next_place) {
+__device__ __forceinline__ void place_items(const PlanParams& p, Shared& shared, int32_t num_items, int32_t num_tiles,
+                                            int32_t next_place) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const auto* tiles = reinterpret_cast<const TileRow*>(p.tiles);
   for (int32_t start = 0; start < num_items; start += kThreads) {
@@ -185,7 +186,8 @@ __device__ __forceinline__ void place_items(const PlanParams& p, Shared& shared,
       const int32_t s = index - row.first_item;
       const KeyRange range = split_range(t.keys, t.split, t.num_splits, s);
       item = {t.request, t.row_begin, t.row_count, range.begin, range.end, t.q_begin, t.q_len, t.kv_len,
-              t.prefill ? kPrefillTile : kDecodeTile, row.partial_row < 0 ? -1 : row.partial_row + s * t.row_count, row.merge_index, s};
+              t.prefill ? kPrefillTile : kDecodeTile, row.partial_row < 0 ? -1 : row.partial_row + s * t.row_count,
+              row.merge_index, s};
       key = sort_key(t.prefill, range.end - range.begin);
     }
     const uint32_t peers = lanes_with_key(key, has_item), below = peers & ((1u << lane) - 1);
