@@ -16,7 +16,8 @@ test: setup
 bench: setup
 	$(BIN)/python -m bench quick
 
-# On a machine with an NVIDIA GPU, with the torch that is there: no network, no virtual environment, under 8 minutes.
+# On a machine with an NVIDIA GPU, with the torch that is there: no network, no virtual environment. Stops after 8 minutes; what
+# then is missing, `python3 -m bench.gpu --out "$(OUT)" --steps attention,grid` (say) does in a second visit.
 OUT ?= out/gpu
 gpu:
 	$(PYTHON) -m bench.gpu --out "$(OUT)"
