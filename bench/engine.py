@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -94,14 +95,13 @@ def variants(args: argparse.Namespace) -> list[tuple[str, dict, Callable[[], Ste
     chosen = []
     for name in args.engine.split(","):
         if name == "ours":
-            for policy in args.policy.split(","):
-                for dtype in args.dtype.split(","):
-                    options = {"policy": policy, "dtype": dtype, "token_budget": args.budget, "linear": args.linear, "num_pages": args.num_pages}
-                    if args.backend:
-                        options["backend"] = args.backend
-                    if policy != "sarathi":
-                        options["token_budget"] = None
-                    chosen.append((f"ours {policy}", options, lambda options=options: OurEngine(options)))
+            for policy, dtype, linear in itertools.product(args.policy.split(","), args.dtype.split(","), args.linear.split(",")):
+                options = {"policy": policy, "dtype": dtype, "token_budget": args.budget, "linear": linear, "num_pages": args.num_pages}
+                if args.backend:
+                    options["backend"] = args.backend
+                if policy != "sarathi":
+                    options["token_budget"] = None
+                chosen.append((f"ours {policy}", options, lambda options=options: OurEngine(options)))
         elif name == "openvino":
             options = {"token_budget": args.budget, "precision": "bf16"}
             chosen.append(("openvino genai", options, lambda: openvino_engine.OpenVinoEngine(args.budget)))
@@ -166,7 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", default="ours", help="ours, openvino, or both, comma-separated")
     parser.add_argument("--policy", default="sarathi", help="of our engine, comma-separated")
     parser.add_argument("--budget", type=int, default=256, help="token budget per step")
-    parser.add_argument("--linear", default="dense", help="dense or int8")
+    parser.add_argument("--linear", default="dense", help="dense or int8, of our engine, comma-separated")
     parser.add_argument("--num-pages", type=int, default=1024)
     parser.add_argument("--url", help="an OpenAI-compatible server, e.g. http://127.0.0.1:8000")
     parser.add_argument("--model", default="smollm2")

@@ -48,8 +48,9 @@ class Model:
         self.layers = [Layer(layer, config.rms_eps, linear) for layer in weights.layers]
         self.head = make_linear(weights.head, norm=weights.norm, eps=config.rms_eps)
         self.cos_sin = rotary_table(config, max_model_len)
-        # [num_layers, 2, num_pages, page_size, num_kv_heads, head_dim], not cleared: unused slots are never read.
-        self.kv_cache = empty_huge((config.num_layers, 2, *self.spec.kv_cache_shape(num_pages)), self.dtype)
+        # [num_layers, 2, num_pages, page_size, num_kv_heads, head_dim]. Unused slots are never read, but cleared: the system hands out
+        # memory when it is first written, and a step that pays for that keeps streams waiting a quarter of a second.
+        self.kv_cache = empty_huge((config.num_layers, 2, *self.spec.kv_cache_shape(num_pages)), self.dtype).zero_()
         self.decoder = self._decoder()
 
     def _decoder(self) -> sk.Decoder | None:
