@@ -107,6 +107,17 @@ def test_strided_query_cache_and_output(isa):
     assert out[:, :4].isnan().all() and out[:, 12:].isnan().all()
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_empty_kv_cache_is_writable_memory_of_its_own_on_huge_page_boundaries(kv_dtype):
+    spec = sk.AttentionSpec(8, 2, 64, dtype=torch.bfloat16, kv_dtype=kv_dtype)
+    k_cache, v_cache = sk.empty_kv_cache(spec, 2000)
+    for value, cache in ((1, k_cache), (2, v_cache)):
+        assert cache.shape == spec.kv_cache_shape(2000) and cache.dtype == kv_dtype and cache.is_contiguous()
+        assert cache.data_ptr() % (2 << 20) == 0
+        cache.fill_(value)
+    assert (k_cache == 1).all() and (v_cache == 2).all()
+
+
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=["same", "int8"])
 @pytest.mark.parametrize("rotary_dim", [0, 16, 40, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
