@@ -6,7 +6,6 @@ import itertools
 
 import sarathi_kernels as sk
 import torch
-from sarathi_kernels.memory import empty_huge
 
 from engine.batch import StepInput
 from engine.linear import make_linear
@@ -48,9 +47,11 @@ class Model:
         self.layers = [Layer(layer, config.rms_eps, linear) for layer in weights.layers]
         self.head = make_linear(weights.head, norm=weights.norm, eps=config.rms_eps)
         self.cos_sin = rotary_table(config, max_model_len)
-        # [num_layers, 2, num_pages, page_size, num_kv_heads, head_dim]. Unused slots are never read, but cleared: the system hands out
-        # memory when it is first written, and a step that pays for that keeps streams waiting a quarter of a second.
-        self.kv_cache = empty_huge((config.num_layers, 2, *self.spec.kv_cache_shape(num_pages)), self.dtype).zero_()
+        # (k_cache, v_cache) of each layer. Unused slots are never read, but cleared: the system hands out memory when it is first
+        # written, and a step that pays for that keeps streams waiting a quarter of a second.
+        self.kv_caches = [sk.empty_kv_cache(self.spec, num_pages) for _ in self.layers]
+        for cache in itertools.chain(*self.kv_caches):
+            cache.zero_()
         self.decoder = self._decoder()
 
     def _decoder(self) -> sk.Decoder | None:
@@ -58,7 +59,7 @@ class Model:
         layers = [sk.DecoderLayer(layer.qkv, layer.o, layer.gate_up, layer.down) for layer in self.layers]
         if not all(isinstance(linear, sk.PackedLinear) for linear in (self.head, *itertools.chain(*layers))):
             return None
-        return sk.Decoder(self.spec, self.embedding, layers, self.head, self.kv_cache, self.cos_sin)
+        return sk.Decoder(self.spec, self.embedding, layers, self.head, self.kv_caches, self.cos_sin)
 
     def __call__(self, step: StepInput) -> torch.Tensor:
         """One step. Puts the step's keys and values into the cache.
@@ -71,7 +72,7 @@ class Model:
         x = self.embedding[step.input_ids]
         attended = torch.empty((len(x), self.spec.num_q_heads, self.spec.head_dim), dtype=self.dtype)
         for i, layer in enumerate(self.layers):
-            self._attend(layer, self.kv_cache[i], x, step, attended)
+            self._attend(layer, *self.kv_caches[i], x, step, attended)
             mixed = attended.view(len(x), -1)
             if i + 1 == len(self.layers):  # from here on only rows that give logits matter
                 x, mixed = x[step.logit_rows], mixed[step.logit_rows]
@@ -79,15 +80,17 @@ class Model:
             layer.down(layer.gate_up(x), add_to=x)
         return self.head(x)
 
-    def _attend(self, layer: Layer, kv_cache: torch.Tensor, x: torch.Tensor, step: StepInput, out: torch.Tensor) -> None:
+    def _attend(
+        self, layer: Layer, k_cache: torch.Tensor, v_cache: torch.Tensor, x: torch.Tensor, step: StepInput, out: torch.Tensor
+    ) -> None:
         spec = self.spec
         qkv = layer.qkv(x).view(len(x), -1, spec.head_dim)
         q, k, v = qkv.split((spec.num_q_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
         sk.append_kv(
-            spec, k, v, kv_cache[0], kv_cache[1], step.slot_mapping,
+            spec, k, v, k_cache, v_cache, step.slot_mapping,
             q=q, positions=step.positions, cos_sin=self.cos_sin, backend=step.plan.backend,
         )  # fmt: skip
-        sk.attention(q, kv_cache[0], kv_cache[1], step.plan, out=out)
+        sk.attention(q, k_cache, v_cache, step.plan, out=out)
 
 
 def rotary_table(config: ModelConfig, max_model_len: int) -> torch.Tensor:

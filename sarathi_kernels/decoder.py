@@ -41,15 +41,25 @@ class Decoder:
         embedding: [vocab, hidden] bfloat16, contiguous.
         layers: first to last.
         head: with the last norm, [vocab, hidden].
-        kv_cache: [num_layers, 2, num_pages, page_size, num_kv_heads, head_dim] bfloat16, contiguous.
+        kv_caches: (k_cache, v_cache) of each layer, as `empty_kv_cache` makes them; all of the same shape and strides.
         cos_sin: as for `append_kv`.
+
+    Raises:
+        ValueError: the layers' caches differ in dtype, shape or strides, or are not one pair per layer.
     """
 
     def __init__(
-        self, spec: AttentionSpec, embedding: torch.Tensor, layers: Sequence[DecoderLayer], head: PackedLinear, kv_cache: torch.Tensor, cos_sin: torch.Tensor
-    ):
-        self.spec, self.embedding, self.layers, self.head, self.kv_cache, self.cos_sin = spec, embedding, list(layers), head, kv_cache, cos_sin
-        rows = [[a for linear in layer for a in linear.addresses()] + [c.data_ptr() for c in cache] for layer, cache in zip(layers, kv_cache, strict=True)]
+        self, spec: AttentionSpec, embedding: torch.Tensor, layers: Sequence[DecoderLayer], head: PackedLinear,
+        kv_caches: Sequence[tuple[torch.Tensor, torch.Tensor]], cos_sin: torch.Tensor,
+    ):  # fmt: skip
+        if len(kv_caches) != len(layers):
+            raise ValueError(f"{len(layers)} layers need as many pairs of caches, got {len(kv_caches)}")
+        kinds = {tuple((c.dtype, c.shape, c.stride()) for c in pair) for pair in kv_caches}
+        if len(kinds) != 1 or any(c.dtype != torch.bfloat16 for c in kv_caches[0]):
+            raise ValueError(f"every layer's caches must be bfloat16 and alike in shape and strides, got {sorted(map(str, kinds))}")
+        self.spec, self.embedding, self.layers, self.head, self.cos_sin = spec, embedding, list(layers), head, cos_sin
+        self.kv_caches = list(kv_caches)
+        rows = [[a for linear in layer for a in linear.addresses()] + [c.data_ptr() for c in pair] for layer, pair in zip(layers, kv_caches)]
         self._table = torch.tensor(rows, dtype=torch.int64)  # DecoderLayer in csrc/cpu/decoder.h
         self._workspace = Workspace()
 
@@ -72,7 +82,7 @@ class Decoder:
         attended, hidden = self._take("attended", tokens, first.o.in_features), self._take("hidden", tokens, first.down.in_features)
         logits = self._take("logits", len(logit_rows), head.out_features, torch.float32)
         q, k, v = qkv.view(tokens, -1, spec.head_dim).split((spec.num_q_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
-        k_cache, v_cache = self.kv_cache[0]
+        k_cache, v_cache = self.kv_caches[0]
         append = AppendKvCall(k, v, k_cache, v_cache, slot_mapping, q, positions, self.cos_sin, None, None)
         attention = AttentionCall(
             q, k_cache, v_cache, attended.view(tokens, -1, spec.head_dim), None,
