@@ -33,12 +33,12 @@ int32_t check(const PlanConfig& config, const Batch& b) {
       fail(at("seqused_k", i) + " = " + std::to_string(kv_len) + " needs " + std::to_string(pages) + " pages of " +
            std::to_string(config.page_size) + " tokens, but block_table has " + std::to_string(b.max_pages) + " columns");
     const int32_t* row = b.block_table + i * b.block_table_stride;
-    int32_t low = 0, high = -1;  // a branch-free scan: the common case is that all is well
+    int32_t bits = 0, high = -1;  // a branch-free scan: the common case is that all is well
     for (int32_t p = 0; p < pages; ++p) {
-      low = std::min(low, row[p]);
+      bits |= row[p];  // negative if one of them is
       high = std::max(high, row[p]);
     }
-    if (low < 0) {
+    if (bits < 0) {
       const int32_t p = static_cast<int32_t>(std::find_if(row, row + pages, [](int32_t x) { return x < 0; }) - row);
       fail("block_table[" + std::to_string(i) + ", " + std::to_string(p) + "] = " + std::to_string(row[p]) +
            " is no page, but " + at("seqused_k", i) + " = " + std::to_string(kv_len) + " needs it");

@@ -267,14 +267,13 @@ def plan(
         raise ValueError(f"tile heights and split lengths must be positive, got {config}")
     if limits is not None:
         return _plan_on_device(spec, cu_seqlens_q, seqused_k, block_table, name, config, device, workspace or Workspace(), limits)
-    host = [t.cpu().contiguous() for t in (cu_seqlens_q, seqused_k)]
-    table = block_table.cpu()
+    lens, keys, table = cu_seqlens_q.cpu().contiguous(), seqused_k.cpu().contiguous(), block_table.cpu()
     if table.shape[1] > 1 and table.stride(1) != 1:
         table = table.contiguous()
 
     draft = _native.make_plan(
         (spec.group, spec.page_size, int(spec.causal), spec.window_left, *config),
-        host[0].data_ptr(), host[1].data_ptr(), table.data_ptr(), table.stride(0), batch, table.shape[1],
+        lens.data_ptr(), keys.data_ptr(), table.data_ptr(), table.stride(0), batch, table.shape[1],
     )  # fmt: skip
     num_items, num_merges, num_partial_rows = draft.num_items, draft.num_merges, draft.num_partial_rows
     workspace = workspace or Workspace()
@@ -284,14 +283,15 @@ def plan(
         on_host = tables
         tables, counts, work_items, merge_items = workspace.take_tables(num_items, num_merges, device)
         tables.copy_(on_host)
+        lens, keys, table = cu_seqlens_q.to(device), seqused_k.to(device), block_table.to(device)
     f32, heads = torch.float32, spec.num_kv_heads
     return AttentionPlan(
         spec=spec,
         backend=name,
         config=config,
-        cu_seqlens_q=cu_seqlens_q.to(device),
-        seqused_k=seqused_k.to(device),
-        block_table=(table if device.type == "cpu" else block_table).to(device),
+        cu_seqlens_q=lens,
+        seqused_k=keys,
+        block_table=table,
         work_items=work_items,
         merge_items=merge_items,
         counts=counts,
