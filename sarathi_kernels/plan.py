@@ -284,7 +284,6 @@ def plan(
         tables, counts, work_items, merge_items = workspace.take_tables(num_items, num_merges, device)
         tables.copy_(on_host)
         lens, keys, table = cu_seqlens_q.to(device), seqused_k.to(device), block_table.to(device)
-    f32, heads = torch.float32, spec.num_kv_heads
     return AttentionPlan(
         spec=spec,
         backend=name,
@@ -295,12 +294,20 @@ def plan(
         work_items=work_items,
         merge_items=merge_items,
         counts=counts,
-        partial_out=workspace.take("partial_out", (num_partial_rows, heads, spec.head_dim), f32, device),
-        partial_lse=workspace.take("partial_lse", (num_partial_rows, heads), f32, device),
-        counters=workspace.take("counters", (num_merges * heads + 4,), torch.int32, device, zero=True),
+        **_scratch(spec, num_merges, num_partial_rows, workspace, device),
         total_q=draft.total_q,
         max_page=draft.max_page,
     )
+
+
+def _scratch(spec: AttentionSpec, num_merges: int, num_partial_rows: int, workspace: Workspace, device: torch.device) -> dict[str, torch.Tensor]:
+    """What split rows need: each split's result, and counters of those that have arrived."""
+    rows, heads = num_partial_rows, spec.num_kv_heads
+    return {
+        "partial_out": workspace.take("partial_out", (rows, heads, spec.head_dim), torch.float32, device),
+        "partial_lse": workspace.take("partial_lse", (rows, heads), torch.float32, device),
+        "counters": workspace.take("counters", (num_merges * heads + 4,), torch.int32, device, zero=True),
+    }
 
 
 def _plan_on_device(spec, cu_seqlens_q, seqused_k, block_table, name, config, device, workspace, limits) -> AttentionPlan:
@@ -315,7 +322,7 @@ def _plan_on_device(spec, cu_seqlens_q, seqused_k, block_table, name, config, de
                 f"a plan with limits reads {what} in place: it must be on {device} with innermost stride 1, "
                 f"got {tensor.device} with strides {tensor.stride()}"
             )
-    batch, heads = seqused_k.shape[0], spec.num_kv_heads
+    batch = seqused_k.shape[0]
     items, merges, partial_rows = limits.capacity(spec, config, batch, block_table.shape[1] * spec.page_size)
     if partial_rows >= 2**31:
         raise ValueError(f"limits {limits} ask for {partial_rows} partial rows, more than 2^31: give kv_tokens, or larger splits")
@@ -330,9 +337,7 @@ def _plan_on_device(spec, cu_seqlens_q, seqused_k, block_table, name, config, de
         work_items=work_items,
         merge_items=merge_items,
         counts=counts,
-        partial_out=workspace.take("partial_out", (partial_rows, heads, spec.head_dim), torch.float32, device),
-        partial_lse=workspace.take("partial_lse", (partial_rows, heads), torch.float32, device),
-        counters=workspace.take("counters", (merges * heads + 4,), torch.int32, device, zero=True),
+        **_scratch(spec, merges, partial_rows, workspace, device),
         total_q=limits.total_q,
         max_page=-1,
     )
