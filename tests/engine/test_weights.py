@@ -6,7 +6,7 @@ import json
 import gguf
 import pytest
 import torch
-from engine.weights import LayerWeights, ModelConfig, find_model, load_weights, rope_scale, rotate_half_rows
+from engine.weights import LayerWeights, ModelConfig, find_model, load_weights, rope_scale, rotate_half_rows, save_weights
 from safetensors.torch import save_file
 
 CONFIG = ModelConfig(
@@ -95,6 +95,26 @@ def test_gguf_and_safetensors_give_the_same_model(tmp_path, tensors, tied):
     assert torch.equal(left.layers[1].qkv, torch.cat([tensors["1.q"], tensors["1.k"], tensors["1.v"]]))
     assert torch.equal(left.layers[0].gate_up, torch.cat([tensors["0.gate"], tensors["0.up"]]))
     assert (left.head is left.embedding) == tied and (right.head is right.embedding) == tied
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_model_comes_back(tmp_path, tensors, tied):
+    written, saved = tmp_path / "written", tmp_path / "saved"
+    written.mkdir()
+    write_safetensors(written, tensors, tied=tied)
+    model = load_weights(written, torch.bfloat16)
+    save_weights(model, saved, bos=1, eos=2)
+    again = load_weights(saved, torch.bfloat16)
+    same(model, again)
+    assert again.config == model.config and (again.head is again.embedding) == tied
+    assert json.loads((saved / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_model_that_config_json_cannot_describe_is_not_saved(tmp_path, tensors):
+    write_safetensors(tmp_path, tensors, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    with pytest.raises(ValueError, match="scaled rotary frequencies"):
+        save_weights(load_weights(tmp_path, torch.float32), tmp_path / "saved", bos=1, eos=2)
+    assert not (tmp_path / "saved").exists()
 
 
 def test_shards_are_found_through_the_index(tmp_path, tensors):
