@@ -108,7 +108,7 @@ void tile_scores(const uint32_t* const* k, int32_t keys, const uint32_t* q, int3
     sums_zero<RV>();
     for (int32_t d = 0; d < depth; d += kTile) {
       tile_load<kTileA>(rows + d * sizeof(uint32_t), step);
-      for (int i = 0; i < 4; ++i) ahead.step();
+      ahead.step();
       sums_dot<RV>(q + d * RV * kTile, stride);
     }
     sums_store<RV>(s + key * RV * kTile, stride);

@@ -48,20 +48,24 @@ struct TileScratch {
 // A row no request owns, for the operands that round a key block up to whole register blocks.
 alignas(64) const uint32_t kZeroRow[512] = {};
 
-// Prefetches the rows of some keys of one head, a cache line of K and one of V at a time: requests that come in a burst wait for
-// each other, and the loads behind them wait too.
+// Prefetches the rows of some keys of one head, a cache line of K and one of V at a time, in small shares: requests that come in one
+// burst wait for each other, and the loads behind them wait too.
 template <class KV>
 struct Prefetcher {
   const KV *const *k = nullptr, *const *v = nullptr;  // [keys]
-  int32_t bytes, keys = 0, key = 0, at = 0;
+  int32_t bytes, keys = 0, key = 0, at = 0, share = 0;
 
   SARATHI_INLINE explicit Prefetcher(int32_t head_dim) : bytes(head_dim * static_cast<int32_t>(sizeof(KV))) {}
-  SARATHI_INLINE void start(const KV* const* k_rows, const KV* const* v_rows, int32_t count) { k = k_rows, v = v_rows, keys = count, key = at = 0; }
+  SARATHI_INLINE void start(const KV* const* k_rows, const KV* const* v_rows, int32_t count, int32_t shares) {
+    k = k_rows, v = v_rows, keys = count, key = at = 0;
+    share = (count * ((bytes + 63) / 64) + shares - 1) / shares;
+  }
   SARATHI_INLINE void step() {
-    if (key >= keys) return;
-    prefetch(reinterpret_cast<const char*>(k[key]) + at), prefetch(reinterpret_cast<const char*>(v[key]) + at);
-    at += 64;
-    if (at >= bytes) at = 0, ++key;
+    for (int32_t i = 0; i < share && key < keys; ++i) {
+      prefetch(reinterpret_cast<const char*>(k[key]) + at), prefetch(reinterpret_cast<const char*>(v[key]) + at);
+      at += 64;
+      if (at >= bytes) at = 0, ++key;
+    }
   }
 };
 
@@ -152,8 +156,8 @@ void pack_v(const T* const* rows, int32_t keys, int32_t head_dim, uint32_t* v) {
 // ---- the three steps on one panel of RV vectors of rows ----
 
 // s[key][row], keys rounded up to whole register blocks (their rows are zeros).
-template <class C, int RV, class Ahead>
-void scores(const uint32_t* const* k, int32_t keys, const uint32_t* q, int32_t depth, float* s, Ahead& ahead) {
+template <class C, int RV>
+void scores(const uint32_t* const* k, int32_t keys, const uint32_t* q, int32_t depth, float* s) {
   for (int32_t key = 0; key < keys; key += kM) {
     F acc[kM][RV];
 #pragma GCC unroll 8
@@ -168,7 +172,6 @@ void scores(const uint32_t* const* k, int32_t keys, const uint32_t* q, int32_t d
       typename C::Vector x[RV];
 #pragma GCC unroll 3
       for (int r = 0; r < RV; ++r) x[r] = C::load_operands(b + r * kLanes);
-      if (d % 2 == 0) ahead.step();
 #pragma GCC unroll 8
       for (int i = 0; i < kM; ++i) {
         const typename C::Vector a = C::broadcast(row[i] + d);
@@ -247,9 +250,9 @@ bool softmax(float* s, int32_t keys, float scale, const float* v_scale, float* m
 }
 
 // o[d][row] += sum over operands j of v[d][j] * pt[j][row].
-template <class C, int RV>
+template <class C, int RV, class Ahead>
 void accumulate(const uint32_t* v, int32_t v_stride, const uint32_t* pt, int32_t depth, int32_t head_dim, const float* alpha, bool first,
-                bool rescale, float* o) {
+                bool rescale, float* o, Ahead& ahead) {
   for (int32_t d = 0; d < head_dim; d += kM) {
     F acc[kM][RV];
 #pragma GCC unroll 8
@@ -262,6 +265,7 @@ void accumulate(const uint32_t* v, int32_t v_stride, const uint32_t* pt, int32_t
 #pragma GCC unroll 3
         for (int r = 0; r < RV; ++r) acc[i][r] = mul(acc[i][r], load(alpha + r * kLanes));
     }
+    ahead.step();
     const uint32_t* a = v + d / kDimPanel * v_stride + d % kDimPanel;
     const uint32_t* b = pt;
     for (int32_t j = 0; j < depth; ++j, a += kDimPanel, b += RV * kLanes) {
@@ -308,7 +312,7 @@ void visit_block(const AttentionParams& p, const WorkItem& item, const TileScrat
   const int32_t keys = round_up(to - from, kKeyUnit<C>), first_key = block.first + from, at = panel.first_row;
   const bool tree = has_tree(p, item) && first_key + keys > item.kv_len - item.q_len;
   if constexpr (OnTiles<C>::value) tile_scores<RV>(block.k + from, keys, t.q + at * dims, depth, t.s, reinterpret_cast<uint32_t*>(t.staging), ahead);
-  else scores<C, RV>(block.k + from, keys, t.q + at * dims, depth, t.s, ahead);
+  else scores<C, RV>(block.k + from, keys, t.q + at * dims, depth, t.s);
   const bool plain = first_key >= panel.full_begin && first_key + keys <= panel.full_end && !tree && p.softcap == 0 && !block.k_scale;
   if (!plain) {
     mask_scores<RV>(p, t.s, keys, first_key, scale, block.k_scale ? block.k_scale + from : nullptr, t.lo + at, t.hi + at);
@@ -327,7 +331,7 @@ void visit_block(const AttentionParams& p, const WorkItem& item, const TileScrat
   } else {
     const int32_t operands = (min_of(keys, block.count - from) + C::kDepth - 1) / C::kDepth;
     const int32_t v_stride = (block.count + C::kDepth - 1) / C::kDepth * kDimPanel;
-    accumulate<C, RV>(block.v + from / C::kDepth * kDimPanel, v_stride, pt, operands, p.head_dim, t.alpha + at, !panel.started, moved, o);
+    accumulate<C, RV>(block.v + from / C::kDepth * kDimPanel, v_stride, pt, operands, p.head_dim, t.alpha + at, !panel.started, moved, o, ahead);
   }
   panel.started = true;
 }
@@ -371,7 +375,7 @@ void visit_tile(const AttentionParams& p, const WorkItem& item, int32_t kv_head,
     const int32_t next = first + kBlockKeys, next_count = max_of(0, min_of(kBlockKeys, item.kv_end - next));
     k_rows.find(next, next_count, kv_head, rows_of_block[now ^ 1].k);
     v_rows.find(next, next_count, kv_head, rows_of_block[now ^ 1].v);
-    ahead.start(rows_of_block[now ^ 1].k, rows_of_block[now ^ 1].v, next_count);
+    ahead.start(rows_of_block[now ^ 1].k, rows_of_block[now ^ 1].v, next_count, num_panels * round_up(p.head_dim, kM) / kM);
     for (int32_t j = 0; j < block.count; ++j) {
       if constexpr (Direct<C, KV>::value) {
         block.k[j] = reinterpret_cast<const uint32_t*>(k[j]);
