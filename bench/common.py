@@ -6,6 +6,7 @@ statistic is the median over rounds; minimum and maximum are shown beside it as 
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,9 @@ Call = Callable[[], object]
 CPU_FLUSH_BYTES = 96 << 20
 # One that has taken this long gets no further round, whatever `min_rounds` says: an oracle in float64, say.
 PATIENCE_SECONDS = 20.0
-# Worker threads of the previous competitor's pool spin for a moment before they park; they must not eat the next one's time.
-CPU_SETTLE_SECONDS = 0.002
+# Worker threads of the previous competitor's pool look for work before they park, libgomp's for up to 13 ms (4 to 8 as a rule): until
+# then they would take a core from the next competitor, or save it the waking if it uses the same pool.
+CPU_SETTLE_SECONDS = 0.025
 
 
 class Timing(NamedTuple):
@@ -70,8 +72,7 @@ def measure(
         running = [n for n in names if sum(samples[n]) < 1e6 * (PATIENCE_SECONDS if r < min_rounds else seconds)]
         if not running:
             break
-        shift = r % len(running)  # nobody always follows the same neighbour
-        for name in running[shift:] + running[:shift]:
+        for name in random.Random(r).sample(running, len(running)):  # nobody always follows the same neighbour
             calls = competitors[name]
             samples[name].append(sampler.sample(calls[r % len(calls)]))
     return {name: statistic(values) for name, values in samples.items()}
@@ -84,10 +85,14 @@ class _CpuSampler:
     def warm(self, call: Call) -> None:
         call()
 
+    def settle(self) -> None:
+        """Empties the caches until every pool's workers have parked; the core that will make the call stays awake."""
+        end = time.perf_counter() + CPU_SETTLE_SECONDS
+        while time.perf_counter() < end:
+            np.add(self.flush, 1, out=self.flush)  # NumPy, not torch: it has no pool
+
     def sample(self, call: Call) -> float:
-        # NumPy, not torch: one thread, so that no pool is warmed for one competitor and not for another.
-        np.add(self.flush, 1, out=self.flush)
-        time.sleep(CPU_SETTLE_SECONDS)
+        self.settle()
         begin = time.perf_counter_ns()
         call()
         return (time.perf_counter_ns() - begin) / 1e3

@@ -1,13 +1,15 @@
 """The timing function, the roofline formulas and the machine record."""
 
 import json
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import cases, machine, roofline
-from bench.common import Timing, measure, statistic
+from bench.common import Timing, _CpuSampler, measure, statistic
 from sarathi_kernels import AttentionSpec
 from sarathi_kernels.plan import plan
 
@@ -26,6 +28,31 @@ def test_measure_interleaves_rotates_and_orders():
     assert [next(c for c in r if c[0] == "a") for r in rounds] == ["a0", "a1", "a0", "a1"], "input sets must rotate"
     assert {r[0][0] for r in rounds} == {"a", "b"}, "nobody may always go first"
     assert all(t.rounds == 4 and 0 <= t.us_min <= t.us <= t.us_max for t in timings.values())
+
+
+def test_everybody_follows_everybody():
+    log = []
+    measure({name: [lambda name=name: log.append(name)] for name in "abcd"}, "cpu", seconds=0.0, min_rounds=24)
+    followed = {(log[4 * r + i], log[4 * r + i + 1]) for r in range(1, 25) for i in range(3)}
+    assert followed == {(a, b) for a in "abcd" for b in "abcd" if a != b}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="thread times come from /proc")
+def test_no_pool_runs_on_into_the_next_call():
+    def others():
+        """Nanoseconds that each thread but this one has run."""
+        tasks = Path("/proc/self/task").iterdir()
+        return {t.name: int((t / "schedstat").read_text().split()[0]) for t in tasks if int(t.name) != threading.get_native_id()}
+
+    x = torch.ones(4_000_000)
+    sampler = _CpuSampler()
+    for _ in range(5):
+        x.add_(1)  # on torch's threads, which then look for more
+        sampler.settle()
+        before = others()
+        time.sleep(0.005)
+        ran = sum(others().values()) - sum(before.values())
+        assert ran < 1_000_000, f"other threads ran {ran / 1e6:.1f} ms in a pause of 5 ms"
 
 
 def test_measure_tells_slow_from_fast_in_microseconds():
