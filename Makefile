@@ -24,7 +24,7 @@ gpu:
 
 # --no-deps: of two we use the files alone (CUTLASS's headers, the model), not the packages around them. Triton is pinned here and not in
 # constraints.txt because torch's CUDA builds insist on a Triton of their own: the version is the oldest that the tables were compiled with.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt "setuptools>=77" "cmake>=3.24,<4" ninja pybind11 \
 	  torch numpy gguf jinja2 safetensors tokenizers matplotlib pytest pytest-benchmark hypothesis

@@ -27,9 +27,9 @@ def converted(suffix: str, convert: Callable[[Path, Path], None]) -> Path:
         raise ImportError(str(error)) from error
     target = Path(tempfile.gettempdir()) / f"{source.stem}-{suffix}"
     if not target.exists():
-        # A name of its own until it is whole: an interrupted conversion is never taken for the model.
-        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}-")) / target.name
-        convert(source, partial)
-        partial.rename(target)
-        partial.parent.rmdir()
+        # In a folder of its own until it is whole: an interrupted conversion is never taken for the model.
+        with tempfile.TemporaryDirectory(prefix=f"{target.name}-") as folder:
+            partial = Path(folder) / target.name
+            convert(source, partial)
+            partial.rename(target)
     return target

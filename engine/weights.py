@@ -115,6 +115,12 @@ def load_weights(path: Path, dtype: torch.dtype) -> Weights:
     return Weights(config, embedding, layers, get("norm"), embedding if tied else get("head"))
 
 
+def _file_name(name: str, layers: str, names: Mapping[str, str]) -> str:
+    """What a file calls the tensor that we call `name` ("norm", "3.q"); `layers` stands before a layer's number."""
+    layer, _, short = name.rpartition(".")
+    return (f"{layers}.{layer}." if layer else "") + names[short] + ".weight"
+
+
 # ---- GGUF
 
 GGUF_NAMES = {
@@ -168,13 +174,13 @@ def _open_gguf(path: Path) -> tuple[ModelConfig, Callable]:
         raise ValueError(f"{path} has biases ({extra[0]} and {len(extra) - 1} more), which are not supported")
 
     def tensor(name: str, missing_ok: bool = False) -> torch.Tensor | None:
-        layer, _, short = name.rpartition(".")
-        full = (f"blk.{layer}." if layer else "") + GGUF_NAMES[short] + ".weight"
+        full = _file_name(name, "blk", GGUF_NAMES)
         if full not in tensors:
             if missing_ok:
                 return None
             raise ValueError(f"{path} lacks the tensor {full}")
         value = _dequantize(tensors[full])
+        short = name.rpartition(".")[2]
         if short in ("q", "k"):
             value = rotate_half_rows(value, heads if short == "q" else config.num_kv_heads)
         return value
@@ -242,7 +248,7 @@ def _open_safetensors(path: Path) -> tuple[ModelConfig, Callable]:
     tied = raw.get("tie_word_embeddings", False)
 
     def tensor(name: str, missing_ok: bool = False) -> torch.Tensor | None:
-        full = _hf_name(name)
+        full = _file_name(name, "model.layers", HF_NAMES)
         if name == "head" and tied:
             return None
         if full not in where:
@@ -285,13 +291,9 @@ def save_weights(weights: Weights, directory: Path, *, bos: int, eos: int) -> No
         "rms_norm_eps": config.rms_eps, "bos_token_id": bos, "eos_token_id": eos,
     }  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
-    save_file({_hf_name(name): value.contiguous() for name, value in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
+    named = {_file_name(name, "model.layers", HF_NAMES): value.contiguous() for name, value in tensors.items()}
+    save_file(named, directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(raw, indent=1))
-
-
-def _hf_name(name: str) -> str:
-    layer, _, short = name.rpartition(".")
-    return (f"model.layers.{layer}." if layer else "") + HF_NAMES[short] + ".weight"
 
 
 def rope_scale(rope: Mapping[str, Any], theta: float, head_dim: int) -> torch.Tensor | None:
